@@ -1,0 +1,83 @@
+//! What a user may choose. Every default is meant to be right without thinking.
+
+use std::time::Duration;
+
+/// What to do when the total timeout comes before the guest's memory has become small enough.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum OnTimeout {
+    /// Give up; the guest stays at the source.
+    #[default]
+    Cancel,
+    /// Stop the guest for as long as the rest takes.
+    SwitchOver,
+}
+
+/// How the two memories are compared before the hand-over.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Verify {
+    /// A digest kept up to date as pages are sent and placed: proves that what was sent has arrived.
+    #[default]
+    Digest,
+    /// Both sides also hash all memory while the guest is stopped: proves that no write was missed.
+    Full,
+}
+
+/// Choices of the source.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct SourceConfig {
+    /// Data lanes, 1 to 128. Default 1: fills links up to about 10 Gbps.
+    pub lanes: u16,
+    /// Longest acceptable predicted downtime. Default 300 ms.
+    pub downtime_limit: Duration,
+    /// Longest total time before [`on_timeout`](Self::on_timeout) applies. Default one hour.
+    pub timeout: Duration,
+    /// What happens then. Default: cancel.
+    pub on_timeout: OnTimeout,
+    /// Bytes per second over all lanes together; `None` (default) for no cap.
+    pub bandwidth: Option<u64>,
+    /// Most vCPU time in per cent that may be taken away from a guest whose rounds stop shrinking.
+    /// Default 99; 0 turns throttling off.
+    pub max_throttle: u8,
+    /// Proof asked for before the hand-over. Default: the incremental digest.
+    pub verify: Verify,
+    /// A peer that says nothing, or takes nothing, for this long is dead. Default 10 s.
+    pub peer_timeout: Duration,
+    /// How long to go on asking a peer that fell silent after Commit who owns the guest. Default 30 s.
+    pub settle_window: Duration,
+}
+
+impl Default for SourceConfig {
+    fn default() -> Self {
+        Self {
+            lanes: 1,
+            downtime_limit: Duration::from_millis(300),
+            timeout: Duration::from_secs(3600),
+            on_timeout: OnTimeout::default(),
+            bandwidth: None,
+            max_throttle: 99,
+            verify: Verify::default(),
+            peer_timeout: Duration::from_secs(10),
+            settle_window: Duration::from_secs(30),
+        }
+    }
+}
+
+/// Choices of the destination.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct DestinationConfig {
+    /// How long to wait for a source at all; `None` (default) for as long as it takes.
+    pub wait_for_source: Option<Duration>,
+    /// A source that says nothing for this long is dead. Default 10 s.
+    pub peer_timeout: Duration,
+    /// How long to stand ready to answer who owns the guest, when the link broke around Commit.
+    /// Default 30 s.
+    pub settle_window: Duration,
+}
+
+impl Default for DestinationConfig {
+    fn default() -> Self {
+        Self { wait_for_source: None, peer_timeout: Duration::from_secs(10), settle_window: Duration::from_secs(30) }
+    }
+}

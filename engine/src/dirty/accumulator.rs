@@ -1,0 +1,182 @@
+//! The engine's own record of dirty pages. Trackers forget what they report (R1), so a bit lives
+//! here until the destination has acknowledged the round that carried the page: it moves from
+//! `dirty` to `in_flight` when the page is planned, and comes back if the round is abandoned.
+
+use std::ops::Range;
+
+use super::{DirtySink, PageBitmap};
+use crate::memory::{Layout, RegionId, Transfer};
+use crate::units::{PAGE_SIZE, PAGES_PER_WORD, PageNumber, PageRun};
+
+/// Dirty pages of a guest, OR-only towards trackers.
+#[derive(Debug)]
+pub struct Accumulator {
+    layout: Layout,
+    dirty: PageBitmap,
+    in_flight: PageBitmap,
+}
+
+impl Accumulator {
+    /// Nothing dirty, nothing in flight.
+    pub fn new(layout: Layout) -> Self {
+        let page_space = layout.page_space();
+        Self { layout, dirty: PageBitmap::new(page_space), in_flight: PageBitmap::new(page_space) }
+    }
+
+    /// The layout whose pages these are.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// Pages that must be sent (again).
+    pub fn dirty_pages(&self) -> u64 {
+        self.dirty.count()
+    }
+
+    /// Pages planned and not yet acknowledged.
+    pub fn in_flight_pages(&self) -> u64 {
+        self.in_flight.count()
+    }
+
+    /// The dirty pages themselves.
+    pub fn dirty(&self) -> &PageBitmap {
+        &self.dirty
+    }
+
+    /// Moves the given pages of a bitmap word from dirty to in flight.
+    pub(crate) fn take_word(&mut self, word: u64, bits: u64) {
+        self.dirty.remove_word(word, bits);
+        self.in_flight.insert_word(word, bits);
+    }
+
+    /// The destination holds everything that was in flight.
+    pub fn acknowledge(&mut self) {
+        self.in_flight.clear();
+    }
+
+    /// Whatever was in flight may be lost: all of it is dirty again.
+    pub fn abandon_in_flight(&mut self) {
+        self.dirty.insert_all(&self.in_flight);
+        self.in_flight.clear();
+    }
+
+    /// Planned pages that were not handed to a lane after all are dirty again.
+    pub fn give_back(&mut self, run: PageRun) {
+        self.in_flight.remove_run(run);
+        self.dirty.insert_run(run);
+    }
+
+    /// The pages of a region that travel: none when its content stays.
+    fn travelling(&self, region: RegionId) -> Option<PageRun> {
+        let described = self.layout.region(region)?;
+        (described.transfer == Transfer::Copy).then(|| self.layout.pages_of(region))
+    }
+}
+
+impl DirtySink for Accumulator {
+    fn mark_words(&mut self, region: RegionId, first_page: u64, words: &[u64]) {
+        let Some(pages) = self.travelling(region) else {
+            return;
+        };
+        let first_word = (pages.first.0 + first_page) / PAGES_PER_WORD;
+        let end = pages.end();
+        for (word, &bits) in (first_word..).zip(words) {
+            if bits == 0 {
+                continue;
+            }
+            let word_start = word * PAGES_PER_WORD;
+            if word_start >= end {
+                break;
+            }
+            let valid = end - word_start;
+            let mask = if valid >= PAGES_PER_WORD { !0 } else { (1 << valid) - 1 };
+            self.dirty.insert_word(word, bits & mask);
+        }
+    }
+
+    fn mark_range(&mut self, region: RegionId, pages: Range<u64>) {
+        let Some(all) = self.travelling(region) else {
+            return;
+        };
+        let end = pages.end.min(all.count);
+        if pages.start < end {
+            self.dirty.insert_run(PageRun { first: PageNumber(all.first.0 + pages.start), count: end - pages.start });
+        }
+    }
+
+    fn mark_gpa(&mut self, guest_address: u64, len: u64) {
+        let end = guest_address.saturating_add(len);
+        let hits: Vec<(RegionId, Range<u64>)> = self
+            .layout
+            .iter()
+            .filter_map(|(id, region)| {
+                let start = guest_address.max(region.guest_address);
+                let end = end.min(region.guest_address + region.len);
+                let page = |address: u64| (address - region.guest_address) / PAGE_SIZE as u64;
+                (start < end).then(|| (id, page(start)..page(end - 1) + 1))
+            })
+            .collect();
+        for (region, pages) in hits {
+            self.mark_range(region, pages);
+        }
+    }
+
+    fn mark_zeroed(&mut self, region: RegionId, pages: Range<u64>) {
+        // The page reads as zeros now: sent as any other change, it costs a few bytes of record.
+        self.mark_range(region, pages);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::Region;
+
+    fn accumulator() -> Accumulator {
+        let mut skipped = Region::ram("rom", 0x10_0000, 8 * 4096);
+        skipped.transfer = Transfer::Skip;
+        let regions = vec![Region::ram("low", 0, 70 * 4096), skipped, Region::ram("high", 0x20_0000, 4096)];
+        Accumulator::new(Layout::new(regions).unwrap())
+    }
+
+    fn dirty(accumulator: &Accumulator) -> Vec<u64> {
+        accumulator.dirty().iter().map(|page| page.0).collect()
+    }
+
+    #[test]
+    fn marks_outside_a_region_or_in_a_skipped_one_are_ignored() {
+        let mut acc = accumulator();
+        acc.mark_words(RegionId(0), 64, &[!0, !0]);
+        assert_eq!(dirty(&acc), [64, 65, 66, 67, 68, 69]);
+        acc.mark_range(RegionId(1), 0..8);
+        acc.mark_words(RegionId(9), 0, &[!0]);
+        acc.mark_range(RegionId(0), 69..1000);
+        assert_eq!(acc.dirty_pages(), 6);
+    }
+
+    #[test]
+    fn guest_physical_bytes_mark_every_page_they_touch_in_every_region() {
+        let mut acc = accumulator();
+        acc.mark_gpa(4095, 2);
+        acc.mark_gpa(69 * 4096, 0x20_0000);
+        assert_eq!(dirty(&acc), [0, 1, 69, 192]);
+        acc.mark_gpa(u64::MAX - 1, 100);
+        acc.mark_gpa(8192, 0);
+        assert_eq!(acc.dirty_pages(), 4);
+    }
+
+    #[test]
+    fn a_bit_leaves_only_when_acknowledged_and_comes_back_when_abandoned() {
+        let mut acc = accumulator();
+        acc.mark_range(RegionId(0), 0..4);
+        acc.take_word(0, 0b0011);
+        assert_eq!((acc.dirty_pages(), acc.in_flight_pages()), (2, 2));
+        acc.mark_range(RegionId(0), 0..1);
+        acc.abandon_in_flight();
+        assert_eq!(dirty(&acc), [0, 1, 2, 3]);
+        acc.take_word(0, 0b1111);
+        acc.give_back(PageRun { first: PageNumber(3), count: 1 });
+        acc.acknowledge();
+        assert_eq!((dirty(&acc), acc.in_flight_pages()), (vec![3], 0));
+    }
+}

@@ -1,0 +1,59 @@
+//! Every bound of the engine, with its reason. Nothing that a peer sends and nothing that a guest
+//! does may make the engine hold more than these allow.
+
+use std::time::Duration;
+
+/// Regions in a layout. The busiest VMM in use describes a few hundred (one per hot-plugged DIMM).
+pub const MAX_REGIONS: usize = 4096;
+
+/// Pages in a layout: 256 TiB, past what x86-64 hosts address with 48 bits.
+pub const MAX_PAGES: u64 = 1 << 36;
+
+/// Bytes of a region's name: a full layout and a full configuration together fit one frame.
+pub const MAX_REGION_NAME: usize = 64;
+
+/// Pages in one batch, and so in one frame of literal pages: 512 KiB stays in a core's L2 cache
+/// between copy, hash and send, and is long enough to hide the cost of a frame.
+pub const MAX_BATCH_PAGES: usize = 128;
+
+/// Bytes of a frame's body: one batch of literal pages and its records, rounded up generously.
+pub const MAX_FRAME_BODY: usize = 1 << 20;
+
+/// Bytes of the VM's description sent before any page (`SourceVm::describe`).
+pub const MAX_CONFIG: usize = 512 << 10;
+
+/// Bytes of machine state sent while the guest is stopped. Virtual GPUs carry gigabytes; the
+/// destination grows its buffer only as the bytes arrive, never by the announced length.
+pub const MAX_STATE: u64 = 4 << 30;
+
+/// Bytes of machine state per frame.
+pub const STATE_CHUNK: usize = 256 << 10;
+
+/// Bytes of a reason or an error text from the peer; longer ones are cut by the sender.
+pub const MAX_TEXT: usize = 1024;
+
+/// Lanes of a migration. Published measurements stop gaining at 8 to 16; vMotion uses one per 15 Gbps.
+pub const MAX_LANES: u16 = 128;
+
+/// Lanes that may stand in the door at once, connected and not yet introduced. More are dropped.
+pub const MAX_PENDING_LANES: usize = 256;
+
+/// Time a new lane has to introduce itself before it is dropped as a stranger.
+pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Batches planned ahead per worker: enough to keep it busy, few enough that re-arming a page
+/// happens shortly before it is read (R2 costs a resend for every write in between).
+pub const PLANNED_BATCHES_PER_WORKER: usize = 2;
+
+/// Encoded batches waiting per lane.
+pub const ENCODED_BATCHES_PER_LANE: usize = 2;
+
+/// Pages per lazily made chunk of the page-hash table (16 bytes a page: 512 KiB).
+pub const HASH_CHUNK_PAGES: u64 = 1 << 15;
+
+/// Rounds of pre-copy. The total timeout ends a migration long before this; it only keeps the
+/// report of a guest that never converges bounded.
+pub const MAX_ROUNDS: u32 = 10_000;
+
+/// How often an idle side says that it is alive.
+pub const HEARTBEAT: Duration = Duration::from_millis(500);

@@ -1,0 +1,134 @@
+//! What a migration tells about itself: events while it runs, a report at its end.
+
+use std::time::Duration;
+
+/// Something happened on the way.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub enum Event {
+    /// The peer accepted the migration; pages flow from now on.
+    Accepted {
+        /// The peer's address.
+        peer: String,
+        /// Pages of the guest.
+        pages_total: u64,
+    },
+    /// How things stand; a few times a second.
+    Progress(Progress),
+    /// A round has ended and was acknowledged.
+    RoundFinished(RoundReport),
+    /// The vCPUs are slowed down by this many per cent from now on.
+    Throttled(u8),
+    /// The guest was stopped for the switch-over.
+    Paused,
+    /// The guest runs at the destination.
+    HandedOver,
+    /// The migration failed; the guest stays at the source.
+    Aborted,
+}
+
+/// A moment of a running migration.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// Round, from 0.
+    pub round: u32,
+    /// Pages this round set out to send.
+    pub round_pages: u64,
+    /// Pages of it still to send.
+    pub remaining_pages: u64,
+    /// Bytes on the wire so far, all rounds.
+    pub wire_bytes: u64,
+    /// Bytes of guest memory covered so far, all rounds (zero pages count in full).
+    pub guest_bytes: u64,
+    /// Bytes per second on the wire, over the last second or so.
+    pub wire_rate: f64,
+    /// Bytes of guest memory dirtied per second, at the last harvest; `None` before the first.
+    pub dirty_rate: Option<f64>,
+    /// Time since the start.
+    pub elapsed: Duration,
+    /// Time left, as far as one can tell; `None` while it does not converge.
+    pub remaining: Option<Duration>,
+}
+
+/// One round: what it sent, and what had become dirty meanwhile.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RoundReport {
+    /// From 0.
+    pub round: u32,
+    /// Whether the guest was stopped.
+    pub stopped: bool,
+    /// Pages covered.
+    pub pages: u64,
+    /// Of them, pages of zeros (no content sent).
+    pub zero_pages: u64,
+    /// Bytes of guest memory covered.
+    pub bytes: u64,
+    /// Bytes on the wire, frame headers included.
+    pub wire_bytes: u64,
+    /// From the first batch to the destination's acknowledgement.
+    pub duration: Duration,
+    /// Wire bytes per second.
+    pub wire_rate: f64,
+    /// Pages dirty at its end.
+    pub dirty_pages: u64,
+    /// Bytes of guest memory dirtied per second during the round.
+    pub dirty_rate: f64,
+    /// Downtime if the switch-over came now; `None` when the guest is stopped already.
+    pub predicted_downtime: Option<Duration>,
+    /// vCPU throttle in per cent during the round.
+    pub throttle: u8,
+}
+
+/// The guest's standstill, in parts that add up to [`total`](Self::total). Measured at the source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Downtime {
+    /// Stopping vCPUs and devices.
+    pub pause: Duration,
+    /// Taking the last dirty bits.
+    pub harvest: Duration,
+    /// The last pages, from the harvest to the destination's having placed them.
+    pub pages: Duration,
+    /// Saving the machine state, and loading it at the destination.
+    pub state: Duration,
+    /// Comparing digests, and the full verification if one was asked for.
+    pub digest: Duration,
+    /// Commit to answer, without the destination's own part in it.
+    pub commit: Duration,
+    /// Starting the vCPUs at the destination.
+    pub resume: Duration,
+}
+
+impl Downtime {
+    /// From the order to pause until the guest ran at the destination.
+    pub fn total(&self) -> Duration {
+        self.pause + self.harvest + self.pages + self.state + self.digest + self.commit + self.resume
+    }
+}
+
+/// What one side did, whatever the outcome.
+#[derive(Clone, Debug, Default, PartialEq)]
+#[non_exhaustive]
+pub struct Report {
+    /// From the call to its end.
+    pub total: Duration,
+    /// The guest's standstill; all zero if it was never stopped for good. Known at the source only.
+    pub downtime: Downtime,
+    /// Every round. Known at the source only.
+    pub rounds: Vec<RoundReport>,
+    /// Pages of the guest.
+    pub pages_total: u64,
+    /// Page contents sent (or received), zero pages not counted; a page sent twice counts twice.
+    pub pages_sent: u64,
+    /// Zero pages sent (or received) as records.
+    pub pages_zero: u64,
+    /// Bytes on the wire over all lanes, frame headers included, both directions' payload.
+    pub wire_bytes: u64,
+    /// Bytes of machine state.
+    pub state_bytes: u64,
+    /// Whether both sides' digests were equal; `None` if it never came to the comparison.
+    pub digest_match: Option<bool>,
+    /// Whether the full re-hash of both memories was equal; `None` if none was done.
+    pub full_verify_match: Option<bool>,
+    /// The strongest throttle in per cent.
+    pub throttle_peak: u8,
+}
