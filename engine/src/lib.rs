@@ -8,6 +8,7 @@ pub mod units;
 
 pub mod barrier;
 pub mod batch;
+pub mod converge;
 pub mod digest;
 pub mod dirty;
 pub mod encode;
@@ -15,6 +16,7 @@ pub mod host;
 #[allow(unsafe_code)]
 pub mod memory;
 pub mod place;
+pub mod session;
 pub mod stats;
 pub mod transport;
 pub mod vm;
