@@ -21,3 +21,12 @@ pub mod stats;
 pub mod transport;
 pub mod vm;
 pub mod wire;
+
+pub mod driver;
+
+pub use config::{DestinationConfig, OnTimeout, SourceConfig, Verify};
+pub use driver::{Destination, Source};
+pub use error::{Error, Failed};
+pub use host::{Control, Observer};
+pub use stats::Report;
+pub use vm::{DestinationVm, SourceVm};

@@ -11,7 +11,7 @@ use super::Outcome;
 use crate::config::{DestinationConfig, Verify};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::limits::MAX_STATE;
+use crate::limits::{MAX_STATE, REASON_GRACE};
 use crate::stats::{Event, Report};
 use crate::wire::{
     Finish, Greeting, GreetingRole, Message, Offer, Owner, PROTOCOL_MAX, PROTOCOL_MIN, Prepared, Refusal, SessionId,
@@ -76,8 +76,10 @@ pub enum DestinationInput {
     },
     /// The last action failed.
     Failed(Error),
-    /// The control lane or a data lane broke.
+    /// The control lane broke.
     LinkLost(Error),
+    /// A data lane broke.
+    DataLaneLost(Error),
     /// The user wants the end.
     Cancel,
 }
@@ -154,6 +156,8 @@ pub struct DestinationSession {
     last_heard: Duration,
     link_up: bool,
     link_error: Option<Error>,
+    /// A data lane's end, and until when the control lane may still tell the reason.
+    lane_loss: Option<(Error, Duration)>,
     lost_at: Duration,
     digest: Digest,
     rounds_complete: u32,
@@ -181,6 +185,7 @@ impl DestinationSession {
             last_heard: Duration::ZERO,
             link_up: false,
             link_error: None,
+            lane_loss: None,
             lost_at: Duration::ZERO,
             digest: Digest::default(),
             rounds_complete: 0,
@@ -189,6 +194,15 @@ impl DestinationSession {
             prepared: Prepared::default(),
             gave_up: false,
         }
+    }
+
+    /// A session that only stands ready to be asked about an earlier, undecided migration.
+    pub fn settle(setup: DestinationSetup, session: SessionId, error: Error) -> Self {
+        let mut destination = Self::new(setup);
+        destination.session = Some(session);
+        destination.phase = Phase::Ready;
+        destination.link_error = Some(error);
+        destination
     }
 
     /// The next thing to do.
@@ -201,7 +215,11 @@ impl DestinationSession {
         match self.phase {
             Phase::Ended => None,
             Phase::Waiting => self.setup.config.wait_for_source,
-            _ if self.link_up => Some(self.last_heard.saturating_add(self.setup.config.peer_timeout)),
+            _ if self.link_up => {
+                let silence = self.last_heard.saturating_add(self.setup.config.peer_timeout);
+                let lane_loss = self.lane_loss.as_ref().filter(|_| self.phase == Phase::Receiving);
+                Some(lane_loss.map_or(silence, |(_, deadline)| silence.min(*deadline)))
+            }
             _ => Some(self.lost_at.saturating_add(self.setup.config.settle_window)),
         }
     }
@@ -242,6 +260,11 @@ impl DestinationSession {
             }
             DestinationInput::Heard => self.last_heard = now,
             DestinationInput::LinkLost(error) => self.lose_link(now, error),
+            DestinationInput::DataLaneLost(error) if self.phase == Phase::Receiving => {
+                self.lane_loss.get_or_insert((error, now + REASON_GRACE));
+            }
+            // Later nothing is expected on them any more.
+            DestinationInput::DataLaneLost(_) => {}
             DestinationInput::Cancel => self.cancel(),
             DestinationInput::Failed(error) => self.on_failure(error),
             other => self.on_done(now, other),
@@ -522,6 +545,11 @@ impl DestinationSession {
         let silence = now.saturating_sub(self.last_heard);
         match self.phase {
             Phase::Waiting => self.end(Outcome::SourceOwns(Error::NoSource(now))),
+            Phase::Receiving if self.lane_loss.as_ref().is_some_and(|(_, deadline)| now >= *deadline) => {
+                if let Some((error, _)) = self.lane_loss.take() {
+                    self.refuse_on(error);
+                }
+            }
             _ if self.link_up => {
                 let peer = self.peer.clone();
                 self.lose_link(now, Error::PeerSilent { peer, what: "said anything", silence });

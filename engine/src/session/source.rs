@@ -15,7 +15,7 @@ use crate::digest::{Digest, DigestKey};
 use crate::dirty::Point;
 use crate::encode::Tally;
 use crate::error::Error;
-use crate::limits::{MAX_ROUNDS, SETTLE_RETRY, WORK_FACTOR};
+use crate::limits::{MAX_ROUNDS, REASON_GRACE, SETTLE_RETRY, WORK_FACTOR};
 use crate::memory::Layout;
 use crate::stats::{Event, Report};
 use crate::vm::Step;
@@ -90,8 +90,10 @@ pub enum SourceInput {
     StepDone,
     /// The last action failed. The control lane may be sound.
     Failed(Error),
-    /// A lane broke.
+    /// The control lane broke.
     LinkLost(Error),
+    /// A data lane broke.
+    DataLaneLost(Error),
     /// The user wants the end.
     Cancel,
     /// The user wants the switch-over.
@@ -195,6 +197,8 @@ pub struct SourceSession {
     settle_since: Duration,
     settle_retry_at: Duration,
     settle_error: Option<Error>,
+    /// A data lane's end, and until when the control lane may still tell the reason.
+    lane_loss: Option<(Error, Duration)>,
 }
 
 impl SourceSession {
@@ -230,6 +234,7 @@ impl SourceSession {
             settle_since: Duration::ZERO,
             settle_retry_at: Duration::ZERO,
             settle_error: None,
+            lane_loss: None,
         };
         session.act(SourceAction::Dial);
         session
@@ -264,7 +269,8 @@ impl SourceSession {
             State::Settling => Some(self.settle_retry_at.min(self.settle_since + self.setup.config.settle_window)),
             _ => {
                 let total = if self.guest_runs() { self.setup.config.timeout } else { Duration::MAX };
-                Some(total.min(self.silence_deadline()).min(self.stall_deadline()))
+                let lane_loss = self.lane_loss.as_ref().map_or(Duration::MAX, |(_, deadline)| *deadline);
+                Some(total.min(self.silence_deadline()).min(self.stall_deadline()).min(lane_loss))
             }
         }
     }
@@ -302,6 +308,7 @@ impl SourceSession {
             SourceInput::Tick => {}
             SourceInput::Failed(error) => self.fail(now, error),
             SourceInput::LinkLost(error) => self.lose_link(now, error),
+            SourceInput::DataLaneLost(error) => self.lose_data_lane(now, error),
             SourceInput::Cancel => self.cancel(now),
             SourceInput::SwitchOverNow => self.force_switch(),
             SourceInput::DowntimeLimit(limit) => self.setup.config.downtime_limit = limit,
@@ -492,6 +499,7 @@ impl SourceSession {
         // Sent first, so that both sides hash at the same time.
         self.actions.push_front(SourceAction::Send(Message::Finish(finish)));
         self.last_progress = now;
+        self.lane_loss = None;
         self.state = State::AwaitPrepared;
     }
 
@@ -670,6 +678,14 @@ impl SourceSession {
         }
     }
 
+    /// A peer that gives up closes its lanes; why, stands on the control lane.
+    fn lose_data_lane(&mut self, now: Duration, error: Error) {
+        let needed = !self.committed() && self.state != State::AwaitPrepared && self.state != State::HandingOver;
+        if needed && self.lane_loss.is_none() {
+            self.lane_loss = Some((error, now + REASON_GRACE));
+        }
+    }
+
     /// Ends the migration with the guest here, unless Commit may have left.
     fn fail(&mut self, now: Duration, error: Error) {
         if self.committed() {
@@ -723,10 +739,15 @@ impl SourceSession {
             State::Ended => {}
             State::Settling => self.check_settling(now),
             State::AwaitRunning => {
-                if now >= self.silence_deadline() {
+                if now >= self.silence_deadline().min(self.stall_deadline()) {
                     let error = self.silent("answered to Commit", now.saturating_sub(self.last_heard));
                     self.lose_link(now, error);
                     self.check_settling(now);
+                }
+            }
+            _ if self.lane_loss.as_ref().is_some_and(|(_, deadline)| now >= *deadline) => {
+                if let Some((error, _)) = self.lane_loss.take() {
+                    self.fail(now, error);
                 }
             }
             _ if now >= self.silence_deadline() => {
