@@ -2,7 +2,10 @@
 //! this process. `cargo run --release -p pageferry-examples --example loopback`
 
 use std::io::{Read, Write};
-use std::sync::{Arc, Mutex, atomic::{AtomicU64, Ordering}};
+use std::sync::{
+    Arc, Mutex,
+    atomic::{AtomicU64, Ordering},
+};
 
 use pageferry::dirty::{DirtySource, WriteLog};
 use pageferry::memory::{Backing, GuestMemory, Layout, MappedMemory, Region, RegionId};
@@ -18,11 +21,23 @@ struct Guest {
 }
 
 impl SourceVm for Guest {
-    fn memory(&self) -> Arc<dyn GuestMemory> { self.memory.clone() }
-    fn dirty(&mut self) -> &mut dyn DirtySource { &mut self.log }
-    fn describe(&mut self, _out: &mut dyn Write) -> VmResult<()> { Ok(()) }
-    fn pause(&mut self) -> VmResult<()> { *self.running.lock().unwrap() = false; Ok(()) }
-    fn resume(&mut self) -> VmResult<()> { *self.running.lock().unwrap() = true; Ok(()) }
+    fn memory(&self) -> Arc<dyn GuestMemory> {
+        self.memory.clone()
+    }
+    fn dirty(&mut self) -> &mut dyn DirtySource {
+        &mut self.log
+    }
+    fn describe(&mut self, _out: &mut dyn Write) -> VmResult<()> {
+        Ok(())
+    }
+    fn pause(&mut self) -> VmResult<()> {
+        *self.running.lock().unwrap() = false;
+        Ok(())
+    }
+    fn resume(&mut self) -> VmResult<()> {
+        *self.running.lock().unwrap() = true;
+        Ok(())
+    }
     fn save(&mut self, out: &mut dyn Write) -> VmResult<()> {
         Ok(out.write_all(&self.writes.load(Ordering::SeqCst).to_le_bytes())?)
     }
@@ -30,7 +45,11 @@ impl SourceVm for Guest {
 
 /// Room for a guest that is to arrive: its memory, and its machine state (one counter).
 #[derive(Default)]
-struct Room { memory: Option<Arc<MappedMemory>>, writes: u64, runs: bool }
+struct Room {
+    memory: Option<Arc<MappedMemory>>,
+    writes: u64,
+    runs: bool,
+}
 
 impl DestinationVm for Room {
     fn prepare(&mut self, _config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
@@ -43,8 +62,13 @@ impl DestinationVm for Room {
         self.writes = u64::from_le_bytes(bytes);
         Ok(())
     }
-    fn commit(&mut self, run: bool) -> VmResult<()> { self.runs = run; Ok(()) }
-    fn abort(&mut self) { *self = Self::default(); }
+    fn commit(&mut self, run: bool) -> VmResult<()> {
+        self.runs = run;
+        Ok(())
+    }
+    fn abort(&mut self) {
+        *self = Self::default();
+    }
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -54,16 +78,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut guest = Guest { memory, log, running, writes: Arc::default() };
     let (memory, log, running) = (guest.memory.clone(), guest.log.clone(), guest.running.clone());
     let writes = guest.writes.clone();
-    std::thread::spawn(move || loop {
-        let running = running.lock().unwrap();
-        if *running {
-            let n = writes.fetch_add(1, Ordering::SeqCst);
-            let page = n * 7919 % (16 << 10);
-            memory.write(RegionId(0), page * 4096, &n.to_le_bytes()).expect("inside the region");
-            log.mark(RegionId(0), page..page + 1);
+    std::thread::spawn(move || {
+        loop {
+            let running = running.lock().unwrap();
+            if *running {
+                let n = writes.fetch_add(1, Ordering::SeqCst);
+                let page = n * 7919 % (16 << 10);
+                memory.write(RegionId(0), page * 4096, &n.to_le_bytes()).expect("inside the region");
+                log.mark(RegionId(0), page..page + 1);
+            }
+            drop(running);
+            std::thread::sleep(std::time::Duration::from_micros(20));
         }
-        drop(running);
-        std::thread::sleep(std::time::Duration::from_micros(20));
     });
 
     let (dialer, acceptor) = transport::in_memory();
@@ -79,7 +105,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     room.memory.expect("the guest arrived").read(RegionId(0), 0, &mut there)?;
     assert!(room.runs && here == there && room.writes == guest.writes.load(Ordering::SeqCst));
     println!("{:?}", report.downtime);
-    println!("{} pages identical after {} writes in {} rounds, downtime {:?}",
-        report.pages_total, room.writes, report.rounds.len(), report.downtime.total());
+    println!(
+        "{} pages identical after {} writes in {} rounds, downtime {:?}",
+        report.pages_total,
+        room.writes,
+        report.rounds.len(),
+        report.downtime.total()
+    );
     Ok(())
 }
