@@ -83,16 +83,15 @@ impl Placer {
         let old = self.table.swap(page, new);
         tally.pages += 1;
         tally.digest.replace(page, old, new);
-        match content {
-            Some((bytes, _)) => self.memory.write(region, page_offset(index), bytes),
-            None => {
-                tally.zero_pages += 1;
-                // A page with the zero hash was never written here: it reads as zeros already.
-                if old == PageHash::ZERO {
-                    return Ok(());
-                }
-                self.memory.write(region, page_offset(index), &ZERO_PAGE)
+        if let Some((bytes, _)) = content {
+            self.memory.write(region, page_offset(index), bytes)
+        } else {
+            tally.zero_pages += 1;
+            // A page with the zero hash was never written here: it reads as zeros already.
+            if old == PageHash::ZERO {
+                return Ok(());
             }
+            self.memory.write(region, page_offset(index), &ZERO_PAGE)
         }
     }
 }
@@ -103,8 +102,8 @@ mod tests {
     use crate::batch::{Batch, Planner};
     use crate::digest::{Digest, DigestKey};
     use crate::dirty::{Accumulator, DirtySink};
-    use crate::encode::{EncodedBatch, Encoder, PageReader, digest_runs, populated_runs};
-    use crate::memory::{Backing, MappedMemory, Region};
+    use crate::encode::{EncodedBatch, Encoder, digest_runs, populated_runs};
+    use crate::memory::{Backing, MappedMemory, PageReader, Region};
 
     struct Side {
         memory: Arc<MappedMemory>,
