@@ -114,7 +114,8 @@ mod tests {
         let regions = vec![Region::ram("low", 0, 100 * 4096), Region::ram("high", 1 << 32, 300 * 4096)];
         let layout = Layout::new(regions).unwrap();
         let table = Arc::new(HashTable::new(layout.page_space()));
-        Side { memory: Arc::new(MappedMemory::new(layout, Backing::Anonymous).unwrap()), table }
+        // A memfd: the kernel may give an anonymous mapping a neighbour's huge page, which looks touched.
+        Side { memory: Arc::new(MappedMemory::new(layout, Backing::Memfd).unwrap()), table }
     }
 
     fn hasher() -> PageHasher {
@@ -178,7 +179,7 @@ mod tests {
     #[test]
     fn zero_pages_touch_nothing_at_a_fresh_destination() {
         let (source, destination) = (side(), side());
-        source.memory.write(RegionId(0), 0, &[0; 100 * 4096]).unwrap();
+        source.memory.write(RegionId(0), 0, &vec![0; 100 * 4096]).unwrap();
         send(&source, &destination, &batches(&source, &[(0, 0..100)]));
         assert_eq!(destination.memory.populated(RegionId(0)), Some(vec![]));
     }

@@ -339,7 +339,6 @@ impl DestinationSession {
 
     fn on_message(&mut self, now: Duration, message: Message) {
         match (self.phase, message) {
-            (_, Message::Heartbeat { .. }) => {}
             (Phase::AwaitOffer, Message::Offer(offer)) => self.on_offer(offer),
             (Phase::Receiving, Message::State(piece)) => self.on_state(&piece),
             (Phase::Receiving, Message::Finish(finish)) if self.finish.is_none() => {
@@ -351,7 +350,7 @@ impl DestinationSession {
                 self.act(DestinationAction::Start { run: self.run });
             }
             (Phase::AwaitDone, Message::Done) => self.end(Outcome::HandedOver),
-            (Phase::AwaitDone | Phase::Ended, _) => {}
+            (Phase::AwaitDone | Phase::Ended, _) | (_, Message::Heartbeat { .. }) => {}
             (Phase::AwaitOffer, _) => self.forget_source(),
             (_, Message::Abort { reason }) => {
                 let peer = self.peer.clone();
