@@ -1,0 +1,3 @@
+//! A guest without KVM.
+mod pagemap;
+mod tracker;
