@@ -1,8 +1,10 @@
 //! `migrate`
 #![deny(unsafe_code)]
 mod cli;
+mod guest;
 mod process_guest;
 mod report;
+mod workload;
 use clap::Parser;
 
 fn main() {
