@@ -1,6 +1,6 @@
 //! What moves besides memory: the description sent ahead, and the counters saved at the pause.
 
-use std::io;
+use std::io::{self, Read};
 
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
@@ -52,7 +52,7 @@ impl State {
     pub(super) fn read(from: &mut dyn io::Read) -> Result<Self, ProcessGuestError> {
         let what = "machine state";
         let mut bytes = Vec::new();
-        io::Read::take(from, STATE_MAX + 1)
+        from.take(STATE_MAX + 1)
             .read_to_end(&mut bytes)
             .map_err(|error| ProcessGuestError::Invalid { what, why: error.to_string() })?;
         parse(what, &bytes)

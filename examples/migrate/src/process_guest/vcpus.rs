@@ -92,7 +92,7 @@ impl Vcpus {
 
     /// Whether all memory is filled.
     pub(super) fn is_ready(&self) -> bool {
-        self.work.filled.load(Ordering::Acquire) == self.work.params.vcpus.into()
+        self.work.filled.load(Ordering::Acquire) == u64::from(self.work.params.vcpus)
     }
 
     /// What the destination needs to go on; the threads must be held.
