@@ -2,7 +2,7 @@
 //!
 //! Read it from the command line inwards: [`cli`] says what can be asked for, [`roles`] does it
 //! (`demo`, `receive`, `send`), [`process_guest`] is what moves, [`progress`] shows the way and
-//! [`report`] the end. The engine is called in one place, `roles/engine.rs`.
+//! [`report`] the end.
 #![deny(unsafe_code)]
 
 mod cli;

@@ -2,7 +2,6 @@
 
 mod afterwards;
 mod demo;
-mod engine;
 mod guests;
 mod operator;
 mod parent;

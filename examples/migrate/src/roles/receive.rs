@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use pageferry::Destination;
 use pageferry::config::DestinationConfig;
 use pageferry_tcp::{TcpAcceptor, TcpOptions};
 
 use super::guests::AnyDestination;
 use super::operator::Operator;
-use super::{afterwards, engine, not_started, parent};
+use super::{afterwards, not_started, parent};
 use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
 use crate::progress::Screen;
 use crate::report::{CpuClock, FinalReport, Owner, Role, peak_rss};
@@ -61,7 +62,8 @@ fn take_in(
     let mut config = DestinationConfig::default();
     config.wait_for_source = options.wait;
     config.peer_timeout = options.peer_timeout;
-    let result = engine::run_destination(config, guest, acceptor, Arc::clone(screen) as _, operator.control());
+    let destination = Destination::new(config).observer(Arc::clone(screen) as _);
+    let result = destination.run(guest, acceptor, operator.control());
     operator.forget_cancel();
     let (engine_cpu, guest_cpu) = clock.split();
     let mut report = FinalReport::new(Role::Receive, &result);

@@ -3,12 +3,13 @@
 use std::sync::Arc;
 use std::time::Instant;
 
+use pageferry::Source;
 use pageferry::transport::Dialer;
 use pageferry_tcp::{TcpDialer, TcpOptions};
 
 use super::guests::{self, AnySource};
 use super::operator::{Operator, Wish};
-use super::{afterwards, engine, not_started};
+use super::{afterwards, not_started};
 use crate::cli::{ExitStatus, Lane, Limits, LingerTime, SendOptions};
 use crate::guest::Guest;
 use crate::progress::Screen;
@@ -78,8 +79,8 @@ pub(super) fn migrate(
     // A guest that cannot forget its earlier stalls still tells a bound.
     let _ = guest.reset_stall();
     let clock = CpuClock::start();
-    let config = limits.source_config(lane.lanes);
-    let result = engine::run_source(config, guest, dialer, Arc::clone(screen) as _, operator.control());
+    let source = Source::new(limits.source_config(lane.lanes)).observer(Arc::clone(screen) as _);
+    let result = source.run(guest, dialer, operator.control());
     operator.forget_cancel();
     let (engine_cpu, guest_cpu) = clock.split();
     let mut report = FinalReport::new(role, &result);
