@@ -4,4 +4,7 @@
 #[allow(dead_code)]
 mod workload;
 
+#[allow(dead_code, unused_imports)]
+mod machine;
+
 fn main() {}

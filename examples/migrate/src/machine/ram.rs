@@ -2,7 +2,7 @@
 //! interrupt controllers, and the rest from 4 GiB on, as on every PC.
 #![allow(unsafe_code)]
 
-use pageferry::memory::{GuestMemory, Layout, LayoutError, MappedMemory, Region};
+use pageferry::memory::{GuestMemory, Layout, MappedMemory, Region};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::error::MachineError;
@@ -28,12 +28,6 @@ pub(crate) fn layout(ram_bytes: u64) -> Result<Layout, MachineError> {
     Layout::new(regions).map_err(MachineError::from)
 }
 
-impl From<LayoutError> for MachineError {
-    fn from(error: LayoutError) -> Self {
-        Self::Layout(error)
-    }
-}
-
 /// The same memory as the kernel loader knows it.
 pub(super) fn loader_view(memory: &MappedMemory) -> Result<GuestMemoryMmap, MachineError> {
     let regions = memory.layout().iter().filter_map(|(id, region)| {
@@ -42,7 +36,12 @@ pub(super) fn loader_view(memory: &MappedMemory) -> Result<GuestMemoryMmap, Mach
         // SAFETY: the window is a live mapping of `memory`; the view is used while `memory` is
         // borrowed by the caller and dropped before it, and it does not unmap what it did not map.
         let raw = unsafe {
-            MmapRegion::build_raw(window.start.as_ptr(), window.len, protection, libc::MAP_PRIVATE | libc::MAP_NORESERVE)
+            MmapRegion::build_raw(
+                window.start.as_ptr(),
+                window.len,
+                protection,
+                libc::MAP_PRIVATE | libc::MAP_NORESERVE,
+            )
         };
         Some(raw.map(|raw| GuestRegionMmap::new(raw, GuestAddress(region.guest_address))))
     });

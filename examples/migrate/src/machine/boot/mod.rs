@@ -56,7 +56,9 @@ pub(crate) enum BootError {
     #[error("this bzImage has no 64-bit entry point; only 64-bit kernels can be booted")]
     Not64Bit,
     /// The initial RAM disk does not fit.
-    #[error("the initial RAM disk of {bytes} bytes does not fit above the kernel, which ends at {kernel_end:#x}; give the guest more memory")]
+    #[error(
+        "the initial RAM disk of {bytes} bytes does not fit above the kernel, which ends at {kernel_end:#x}; give the guest more memory"
+    )]
     InitrdTooLarge { bytes: u64, kernel_end: u64 },
     /// The command line does not fit.
     #[error("the kernel command line has {bytes} bytes; at most {most} are read")]
@@ -80,7 +82,12 @@ struct Placed {
 }
 
 /// Loads an image for a guest of `vcpus` vCPUs into its fresh memory; says how its first vCPU starts.
-pub(super) fn load(memory: &GuestMemoryMmap, ram_bytes: u64, vcpus: u8, image: &BootImage) -> Result<Entry, MachineError> {
+pub(super) fn load(
+    memory: &GuestMemoryMmap,
+    ram_bytes: u64,
+    vcpus: u8,
+    image: &BootImage,
+) -> Result<Entry, MachineError> {
     Ok(load_image(memory, ram_bytes, vcpus, image)?)
 }
 

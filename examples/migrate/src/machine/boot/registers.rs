@@ -1,6 +1,6 @@
 //! The state in which a guest's first vCPU starts.
 
-use kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
+use pageferry_kvm::kvm_bindings::{kvm_regs, kvm_segment, kvm_sregs};
 
 const CR0_PROTECTED: u64 = 1;
 const CR0_PAGING: u64 = 1 << 31;
