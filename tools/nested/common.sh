@@ -37,3 +37,22 @@ require_packages() {
         exit $SKIPPED
     fi
 }
+
+# Modules that give the emulated machine a KVM of its own.
+KVM_MODULES="-m irqbypass -m kvm -m ccp -m kvm-amd"
+
+# Unpacks the newest kernel, once, for the emulated machine and for the guest in it.
+make_kernel() {
+    local image
+    image=$(newest_kernel)
+    KERNEL_VERSION=${image#/boot/vmlinuz-}
+    mkdir -p "$WORK"
+    if [ ! "$WORK/vmlinux" -nt "$image" ]; then
+        "$NESTED/vmlinux.sh" "$image" "$WORK/vmlinux"
+    fi
+}
+
+# The initial RAM disk of the guest that migrates.
+make_guest_initramfs() {
+    "$NESTED/initramfs.sh" -o "$WORK/guest.cpio" -i "$NESTED/inside/guest-init"
+}

@@ -1,5 +1,5 @@
 #!/bin/bash
-# initramfs.sh -o OUT -i INIT [-k KERNEL_VERSION] [-m MODULE]... [-b HOST_BINARY]... [-f HOST_FILE:GUEST_PATH]...
+# initramfs.sh -o OUT -i INIT [-k KERNEL_VERSION] [-m MODULE]... [-b HOST_BINARY:GUEST_PATH]... [-f HOST_FILE:GUEST_PATH]...
 # Builds an uncompressed initramfs: static busybox with all its applets, INIT as /init, kernel modules with
 # what they depend on (load order in /modules/order), programs of this host with the shared libraries they need.
 set -euo pipefail
@@ -56,9 +56,8 @@ mkdir -p "$tree"/{bin,dev,proc,sys,tmp,modules}
 put_busybox
 for module in ${modules[@]+"${modules[@]}"}; do put_module "$module"; done
 for binary in ${binaries[@]+"${binaries[@]}"}; do
-    rm -f "$tree/bin/$(basename "$binary")"
-    put "$binary" "/bin/$(basename "$binary")"
-    put_libraries "$binary"
+    put "${binary%%:*}" "${binary#*:}"
+    put_libraries "${binary%%:*}"
 done
 for file in ${files[@]+"${files[@]}"}; do put "${file%%:*}" "${file#*:}"; done
 put "$init" /init

@@ -20,6 +20,9 @@ mod source;
 mod topology;
 mod watch;
 
+#[cfg(test)]
+mod tests;
+
 pub(crate) use boot::BootImage;
 pub(crate) use description::GuestBacking;
 pub(crate) use destination::{ArrivalConfig, ArrivingGuest};
