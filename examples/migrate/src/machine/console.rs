@@ -85,7 +85,7 @@ impl Console {
     /// pending interrupt is raised again.
     pub(super) fn load(&mut self, saved: ConsoleState) -> Result<(), MachineError> {
         if saved.unfinished_line.len() > LINE_MAX {
-            return Err(MachineError::invalid("console state", "its unfinished line is too long"));
+            return Err(MachineError::invalid("console state", &"its unfinished line is too long"));
         }
         let output = Output {
             echo: self.serial.writer_mut().echo.take(),
@@ -95,7 +95,7 @@ impl Console {
         let interrupt = self.serial.interrupt_evt().clone();
         let state = serial_state(saved.registers, saved.received);
         self.serial = Serial::from_state(&state, interrupt, NoEvents, output)
-            .map_err(|error| MachineError::invalid("console state", error))?;
+            .map_err(|error| MachineError::invalid("console state", &error))?;
         Ok(())
     }
 }

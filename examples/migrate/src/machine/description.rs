@@ -72,14 +72,14 @@ impl From<GuestBacking> for Backing {
 const CLOCK_TOLERANCE_PPM: u64 = 250;
 
 impl Description {
-    pub(super) fn of(guest: &Guest) -> Result<Self, MachineError> {
+    pub(super) fn of(guest: &Guest) -> Self {
         let memory = guest.machine.memory();
-        Ok(Self {
+        Self {
             ram_bytes: memory.layout().regions().iter().map(|region| region.len).sum(),
             backing: guest.backing,
             tsc_khz: guest.tsc_khz,
             machine: guest.machine.config().to_bytes(),
-        })
+        }
     }
 
     /// Refuses a guest whose clock would run at another speed here.
@@ -109,7 +109,7 @@ impl State {
 
     pub(super) fn read(from: &mut dyn Read) -> Result<Self, MachineError> {
         let mut bytes = Vec::new();
-        let invalid = |why: &dyn ToString| MachineError::invalid("machine state", why.to_string());
+        let invalid = |why: &dyn ToString| MachineError::invalid("machine state", why);
         let read_bytes = from.take(STATE_MAX + 1).read_to_end(&mut bytes).map_err(|error| invalid(&error))?;
         if read_bytes as u64 > STATE_MAX {
             return Err(invalid(&"it is too long"));
@@ -125,10 +125,10 @@ fn write(block: &impl Serialize, out: &mut dyn io::Write) -> io::Result<()> {
 
 fn read<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, MachineError> {
     let Some((version, block)) = bytes.split_first_chunk() else {
-        return Err(MachineError::invalid(what, "it is empty"));
+        return Err(MachineError::invalid(what, &"it is empty"));
     };
     match u16::from_le_bytes(*version) {
-        VERSION => postcard::from_bytes(block).map_err(|error| MachineError::invalid(what, error)),
+        VERSION => postcard::from_bytes(block).map_err(|error| MachineError::invalid(what, &error)),
         theirs => Err(MachineError::Version { theirs, ours: VERSION }),
     }
 }

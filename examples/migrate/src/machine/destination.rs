@@ -61,7 +61,7 @@ impl ArrivingGuest {
         }
         let expected = ram::layout(description.ram_bytes)?;
         if expected != *layout {
-            return Err(MachineError::invalid("memory layout", "it is not one of this program's"));
+            return Err(MachineError::invalid("memory layout", &"it is not one of this program's"));
         }
         let backing = self.config.backing.unwrap_or(description.backing);
         room::check(description.ram_bytes, backing.into(), self.config.max_memory)?;

@@ -64,7 +64,7 @@ impl Devices {
 
     pub(super) fn load(&self, state: DevicesState) -> Result<(), MachineError> {
         if state.commands.len() > COMMANDS_MAX {
-            return Err(MachineError::invalid("device state", "too many commands wait"));
+            return Err(MachineError::invalid("device state", &"too many commands wait"));
         }
         lock(&self.console).load(state.console)?;
         *lock(&self.commands) = state.commands.into();
@@ -74,13 +74,17 @@ impl Devices {
     fn serial_out(&self, port: u16, data: &[u8]) {
         let mut console = lock(&self.console);
         let register = (port - ports::SERIAL.start()) as u8;
-        data.iter().for_each(|&byte| console.write(register, byte));
+        for &byte in data {
+            console.write(register, byte);
+        }
     }
 
     fn serial_in(&self, port: u16, data: &mut [u8]) {
         let mut console = lock(&self.console);
         let register = (port - ports::SERIAL.start()) as u8;
-        data.iter_mut().for_each(|byte| *byte = console.read(register));
+        for byte in data {
+            *byte = console.read(register);
+        }
     }
 
     fn take_command(&self) -> u32 {
@@ -129,7 +133,9 @@ fn number(data: &[u8]) -> u32 {
 /// Answers a port read.
 fn fill(data: &mut [u8], value: u32) {
     let bytes = value.to_le_bytes();
-    data.iter_mut().zip(bytes.iter().chain(std::iter::repeat(&0))).for_each(|(to, &from)| *to = from);
+    for (to, &from) in data.iter_mut().zip(bytes.iter().chain(std::iter::repeat(&0))) {
+        *to = from;
+    }
 }
 
 /// A device is whole after every call: a panic elsewhere does not spoil it.

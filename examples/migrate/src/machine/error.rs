@@ -61,7 +61,7 @@ impl MachineError {
         Self::LoaderView(error.into())
     }
 
-    pub(super) fn invalid(what: &'static str, why: impl ToString) -> Self {
+    pub(super) fn invalid(what: &'static str, why: &dyn ToString) -> Self {
         Self::Invalid { what, why: why.to_string() }
     }
 }

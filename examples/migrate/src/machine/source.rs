@@ -83,7 +83,7 @@ impl SourceVm for LiveGuest {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
-        Ok(Description::of(&self.guest)?.write(out)?)
+        Ok(Description::of(&self.guest).write(out)?)
     }
 
     fn is_running(&self) -> bool {

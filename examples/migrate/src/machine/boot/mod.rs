@@ -100,22 +100,14 @@ fn load_image(memory: &GuestMemoryMmap, ram_bytes: u64, vcpus: u8, image: &BootI
     write_command_line(memory, &image.command_line)?;
     memory.write_slice(&mp_table::build(vcpus)?, GuestAddress(mp_table::ADDRESS))?;
     let map = memory_map(ram_bytes);
-    match kernel.pvh_boot_cap {
-        PvhBootCapability::PvhEntryPresent(entry) => {
-            pvh::write(memory, &map, initrd)?;
-            Ok(Entry::Pvh { entry: entry.raw_value(), start_info: pvh::START_INFO })
-        }
-        _ => {
-            let entry = linux64::entry(&kernel)?;
-            linux64::write(memory, &map, initrd, kernel.setup_header)?;
-            Ok(Entry::Linux64 {
-                entry,
-                boot_params: linux64::BOOT_PARAMS,
-                page_table: linux64::PAGE_TABLE,
-                segment_table: linux64::SEGMENT_TABLE,
-            })
-        }
+    if let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap {
+        pvh::write(memory, &map, initrd)?;
+        return Ok(Entry::Pvh { entry: entry.raw_value(), start_info: pvh::START_INFO });
     }
+    let entry = linux64::entry(&kernel)?;
+    linux64::write(memory, &map, initrd, kernel.setup_header)?;
+    let (boot_params, page_table, segment_table) = (linux64::BOOT_PARAMS, linux64::PAGE_TABLE, linux64::SEGMENT_TABLE);
+    Ok(Entry::Linux64 { entry, boot_params, page_table, segment_table })
 }
 
 fn load_kernel(memory: &GuestMemoryMmap, kernel: &[u8]) -> Result<KernelLoaderResult, BootError> {
