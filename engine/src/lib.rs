@@ -6,11 +6,15 @@ pub mod error;
 pub mod limits;
 pub mod units;
 
+pub mod barrier;
+pub mod batch;
 pub mod digest;
 pub mod dirty;
+pub mod encode;
 pub mod host;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod place;
 pub mod stats;
 pub mod transport;
 pub mod vm;

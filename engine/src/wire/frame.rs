@@ -58,7 +58,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 18] = [
+    pub(super) const ALL: [Self; 18] = [
         Self::Greeting,
         Self::Welcome,
         Self::Refuse,
