@@ -7,6 +7,8 @@
 
 mod cli;
 mod guest;
+#[allow(dead_code, unused_imports)]
+mod machine;
 mod process_guest;
 mod progress;
 mod report;
