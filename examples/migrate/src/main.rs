@@ -7,6 +7,7 @@
 
 mod cli;
 mod guest;
+mod kvm_guest;
 #[allow(dead_code, unused_imports)]
 mod machine;
 mod process_guest;
@@ -23,4 +24,9 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     roles::run(&cli::Cli::parse().command).into()
+}
+
+/// The guest program, an ELF file with a PVH entry.
+fn payload() -> &'static [u8] {
+    include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"))
 }

@@ -28,5 +28,6 @@ pub(crate) use description::GuestBacking;
 pub(crate) use destination::{ArrivalConfig, ArrivingGuest};
 pub(crate) use error::MachineError;
 pub(crate) use guest::{ConsoleEnds, GuestHandle};
+pub(crate) use room::check as check_room;
 pub(crate) use source::{GuestConfig, LiveGuest};
 pub(crate) use watch::{Beat, GuestLine};
