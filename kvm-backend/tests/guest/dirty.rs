@@ -75,7 +75,9 @@ impl Tracked {
 
     fn rearm(&mut self, pages: &[u64]) {
         let mut bitmap = Accumulator::new(layout());
-        pages.iter().for_each(|&page| mark(&mut bitmap, page));
+        for &page in pages {
+            bitmap.give_back(PageRun { first: PageNumber(page), count: 1 });
+        }
         let mut at = 0;
         while let Some((word, bits)) = bitmap.dirty().next_word(at) {
             let (region, first) = layout().locate(PageNumber(word * 64)).unwrap();
@@ -100,10 +102,6 @@ impl Tracked {
         let populated = self.populated();
         self.rearm(&populated);
     }
-}
-
-fn mark(accumulator: &mut Accumulator, page: u64) {
-    accumulator.give_back(PageRun { first: PageNumber(page), count: 1 });
 }
 
 fn pages(first: u64, count: u64, step: u64) -> Vec<u64> {

@@ -125,7 +125,7 @@ fn write_tables(memory: &MappedMemory) {
         put(PD_LOW, index, index << 21 | LARGE_PAGE);
     }
     for index in 0..HIGH_LEN >> 21 {
-        put(PD_HIGH, index, HIGH + (index << 21) | LARGE_PAGE);
+        put(PD_HIGH, index, (HIGH + (index << 21)) | LARGE_PAGE);
     }
 }
 
