@@ -1,6 +1,7 @@
 //! What can go wrong with the example's machine, in words for its operator.
 
 use std::io;
+use std::time::Duration;
 
 use pageferry::memory::LayoutError;
 use pageferry_kvm::KvmError;
@@ -51,6 +52,15 @@ pub(crate) enum MachineError {
     /// Bytes from the peer that make no sense.
     #[error("the source's {what} cannot be understood: {why}")]
     Invalid { what: &'static str, why: String },
+    /// The guest ran into its end.
+    #[error("the guest has ended: {0}")]
+    Ended(String),
+    /// The payload found itself unable to go on.
+    #[error("the guest has panicked: {0}")]
+    Panicked(String),
+    /// The payload did not answer.
+    #[error("the guest has not {what} for {patience:?}; is it running?")]
+    Silent { what: &'static str, patience: Duration },
     /// Calls in an order that the engine never uses.
     #[error("no guest has been prepared")]
     NotPrepared,
