@@ -22,9 +22,7 @@ const STATE_MAX: u64 = 64 << 20;
 pub(super) struct Description {
     pub(super) ram_bytes: u64,
     pub(super) kind: Kind,
-    /// 0 when KVM does not say.
-    pub(super) tsc_khz: u32,
-    /// vCPU count and CPUID: [`pageferry_kvm::MachineConfig`].
+    /// vCPU count, CPUID and clock speed: [`pageferry_kvm::MachineConfig`].
     pub(super) machine: Vec<u8>,
 }
 
@@ -68,29 +66,14 @@ impl From<GuestBacking> for Backing {
     }
 }
 
-/// Clocks this close count as equal: a guest corrects as much by itself (NTP's own limit is 500).
-const CLOCK_TOLERANCE_PPM: u64 = 250;
-
 impl Description {
-    pub(super) fn of(pc: &Pc) -> Self {
+    pub(super) fn of(pc: &Pc) -> Result<Self, MachineError> {
         let memory = pc.machine.memory();
-        Self {
+        Ok(Self {
             ram_bytes: memory.layout().regions().iter().map(|region| region.len).sum(),
             kind: pc.kind,
-            tsc_khz: pc.tsc_khz,
-            machine: pc.machine.config().to_bytes(),
-        }
-    }
-
-    /// Refuses a guest whose clock would run at another speed here.
-    pub(super) fn check_clock(&self, pc: &Pc) -> Result<(), MachineError> {
-        let (theirs, ours) = (self.tsc_khz, pc.tsc_khz);
-        let known = theirs != 0 && ours != 0;
-        let apart = u64::from(theirs.abs_diff(ours)) * 1_000_000;
-        if known && apart > u64::from(theirs) * CLOCK_TOLERANCE_PPM && !pc.can_scale_clock() {
-            return Err(MachineError::Clock { theirs, ours });
-        }
-        Ok(())
+            machine: pc.machine.config().to_bytes()?,
+        })
     }
 
     pub(super) fn write(&self, out: &mut dyn io::Write) -> io::Result<()> {
@@ -139,7 +122,7 @@ mod tests {
 
     fn description() -> Description {
         let kind = Kind { backing: GuestBacking::Memfd, payload: true };
-        Description { ram_bytes: 1 << 30, kind, tsc_khz: 2_000_000, machine: vec![1, 2, 3] }
+        Description { ram_bytes: 1 << 30, kind, machine: vec![1, 2, 3] }
     }
 
     #[test]

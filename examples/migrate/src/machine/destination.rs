@@ -72,9 +72,7 @@ impl ArrivingGuest {
             memory.prefault().map_err(|source| MachineError::Map { bytes, backing: backing.name(), source })?;
         }
         let kind = Kind { backing, ..description.kind };
-        let pc = Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))?;
-        description.check_clock(&pc)?;
-        Ok(pc)
+        Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))
     }
 
     fn pc(&self) -> Result<&Pc, MachineError> {

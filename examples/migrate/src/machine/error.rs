@@ -39,11 +39,6 @@ pub(crate) enum MachineError {
     /// The destination has no room.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
-    /// The guest's clock would change its speed.
-    #[error(
-        "the guest's time stamp counter runs at {theirs} kHz, this host's at {ours} kHz, and its KVM cannot scale it: use a host of the same clock speed"
-    )]
-    Clock { theirs: u32, ours: u32 },
     /// Another version of this program, or not this program.
     #[error(
         "the source describes its machine in version {theirs}, this side knows version {ours}: use the same `migrate` on both sides"

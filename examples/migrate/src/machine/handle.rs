@@ -15,7 +15,7 @@ use super::destination::ArrivingGuest;
 use super::devices::Devices;
 use super::error::MachineError;
 use super::source::LiveGuest;
-use super::watch::{Beats, GuestLine};
+use super::watch::{Beats, GuestLine, Watch};
 use crate::guest::{Guest, SelfCheck};
 use crate::workload::line::Line;
 use crate::workload::ports::Command;
@@ -30,28 +30,32 @@ const PATIENCE_PER_MIB: Duration = Duration::from_millis(100);
 #[derive(Clone, Debug)]
 pub(crate) struct GuestHandle {
     machine: Weak<Machine>,
-    devices: Arc<Devices>,
+    devices: Weak<Devices>,
+    watch: Arc<Watch>,
     payload: bool,
 }
 
 impl GuestHandle {
     pub(super) fn new(machine: &Arc<Machine>, devices: &Arc<Devices>, payload: bool) -> Self {
-        Self { machine: Arc::downgrade(machine), devices: Arc::clone(devices), payload }
+        let watch = Arc::clone(&devices.watch);
+        Self { machine: Arc::downgrade(machine), devices: Arc::downgrade(devices), watch, payload }
     }
 
     /// Every line that the guest prints from now on, until it ends.
     pub(crate) fn lines(&self) -> Receiver<GuestLine> {
-        self.devices.watch.listen()
+        self.watch.listen()
     }
 
     /// The payload's heartbeats on this side.
     pub(crate) fn beats(&self) -> Beats {
-        self.devices.watch.beats()
+        self.watch.beats()
     }
 
     /// Leaves a command for the payload, which looks for one every few milliseconds while it runs.
     pub(crate) fn command(&self, command: Command) {
-        self.devices.command(command as u32);
+        if let Some(devices) = self.devices.upgrade() {
+            devices.command(command as u32);
+        }
     }
 
     /// Whether the guest runs here now.
@@ -61,12 +65,12 @@ impl GuestHandle {
 
     /// How the guest ended, if it did: a crash or a switch-off, not a migration.
     pub(crate) fn ended(&self) -> Option<String> {
-        self.devices.watch.end()
+        self.watch.end()
     }
 
     fn wait_ready(&self) -> Result<(), MachineError> {
         let lines = self.lines();
-        if !self.payload || self.devices.watch.is_ready() {
+        if !self.payload || self.watch.is_ready() {
             return Ok(());
         }
         let ready = |line: Line<'_>| matches!(line, Line::Ready { .. }).then_some(());
@@ -126,7 +130,9 @@ impl GuestHandle {
             let text = match lines.recv_deadline(deadline) {
                 Ok(line) => line.text,
                 Err(RecvTimeoutError::Timeout) => return Err(MachineError::Silent { what, patience }),
-                Err(RecvTimeoutError::Disconnected) => return Err(MachineError::Ended(self.ended().unwrap_or_default())),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(MachineError::Ended(self.ended().unwrap_or_default()));
+                }
             };
             match Line::parse(&text) {
                 Some(Line::Panic(why)) => return Err(MachineError::Panicked(why.to_owned())),

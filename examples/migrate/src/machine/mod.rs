@@ -18,17 +18,16 @@ mod ports;
 mod ram;
 mod room;
 mod source;
-mod topology;
 mod watch;
 
 #[cfg(test)]
 mod tests;
 
-pub(crate) use boot::BootImage;
+pub(crate) use boot::{BootImage, Boots};
 pub(crate) use description::GuestBacking;
 pub(crate) use destination::{ArrivalConfig, ArrivingGuest};
 pub(crate) use error::MachineError;
 pub(crate) use handle::GuestHandle;
 pub(crate) use pc::ConsoleEnds;
 pub(crate) use source::{GuestConfig, LiveGuest};
-pub(crate) use watch::{Beat, GuestLine};
+pub(crate) use watch::{Beats, GuestLine};

@@ -5,8 +5,7 @@ use std::io::Write;
 use std::os::fd::AsFd;
 use std::sync::Arc;
 
-use pageferry::memory::{Layout, MappedMemory};
-use pageferry_kvm::kvm_ioctls::Cap;
+use pageferry::memory::{GuestMemory, Layout, MappedMemory};
 use pageferry_kvm::{Host, KvmError, Machine, MachineConfig};
 use serde::{Deserialize, Serialize};
 
@@ -51,8 +50,6 @@ pub(super) struct Pc {
     pub(super) machine: Arc<Machine>,
     pub(super) devices: Arc<Devices>,
     pub(super) kind: Kind,
-    /// Speed of the time stamp counter; 0 when KVM does not say.
-    pub(super) tsc_khz: u32,
 }
 
 impl Pc {
@@ -60,7 +57,7 @@ impl Pc {
     pub(super) fn new(
         host: &Host,
         config: MachineConfig,
-        memory: Arc<MappedMemory>,
+        memory: Arc<dyn GuestMemory>,
         kind: Kind,
         console: ConsoleEnds,
     ) -> Result<Self, MachineError> {
@@ -69,8 +66,7 @@ impl Pc {
         let devices = Arc::new(Devices::new(interrupt, console.output));
         machine.start(Arc::clone(&devices) as _)?;
         let input = console.input.map(|file| Input::start(file.as_fd(), Arc::clone(&devices))).transpose()?;
-        let tsc_khz = machine.vcpu(0)?.get_tsc_khz().unwrap_or(0);
-        Ok(Self { input, machine: Arc::new(machine), devices, kind, tsc_khz })
+        Ok(Self { input, machine: Arc::new(machine), devices, kind })
     }
 
     pub(super) fn handle(&self) -> GuestHandle {
@@ -86,11 +82,6 @@ impl Pc {
     pub(super) fn pause(&self) -> Result<(), KvmError> {
         self.input.iter().for_each(Input::close);
         self.machine.pause()
-    }
-
-    /// Whether KVM can give a guest a clock of another speed than the host's.
-    pub(super) fn can_scale_clock(&self) -> bool {
-        self.machine.vm_fd().check_extension(Cap::TscControl)
     }
 
     pub(super) fn save(&self) -> Result<State, KvmError> {

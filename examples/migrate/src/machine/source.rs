@@ -8,11 +8,12 @@ use pageferry::memory::GuestMemory;
 use pageferry::vm::{SourceVm, VmResult};
 use pageferry_kvm::{DirtyLog, DirtyLogMode, Host, Machine, MachineConfig};
 
-use super::boot::{self, BootError, BootImage, Entry, MAX_VCPUS};
+use super::boot::{self, BootError, Boots, Entry, MAX_VCPUS};
 use super::description::{Description, GuestBacking};
 use super::error::MachineError;
-use super::pc::{ConsoleEnds, Pc, GuestHandle, map_memory};
-use super::{ram, topology};
+use super::handle::GuestHandle;
+use super::pc::{ConsoleEnds, Kind, Pc, map_memory};
+use super::ram;
 
 /// A guest to boot.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub(crate) struct GuestConfig {
     /// What its memory is made of.
     pub(crate) backing: GuestBacking,
     /// What it boots.
-    pub(crate) image: BootImage,
+    pub(crate) boots: Boots,
     /// Where its console leads.
     pub(crate) console: ConsoleEnds,
     /// How writes to its memory are tracked.
@@ -46,11 +47,11 @@ impl LiveGuest {
         let vcpus = u8::try_from(config.vcpus).ok().filter(|&count| (1..=MAX_VCPUS).contains(&count));
         let vcpus = vcpus.ok_or(BootError::VcpuCount { vcpus: config.vcpus, most })?;
         let memory = map_memory(ram::layout(config.ram_bytes)?, config.backing)?;
-        let mut machine = MachineConfig::new(&host, config.vcpus);
-        topology::set(&mut machine.cpuid, config.vcpus);
-        let entry = boot::load(&ram::loader_view(&memory)?, config.ram_bytes, vcpus, &config.image)?;
-        let kind = Kind { backing: config.backing, payload: config.payload };
+        let machine = MachineConfig::new(&host, config.vcpus);
+        let kind = Kind { backing: config.backing, payload: matches!(config.boots, Boots::Payload(_)) };
         let pc = Pc::new(&host, machine, memory, kind, config.console)?;
+        let image = config.boots.image(config.vcpus, pc.machine.config().tsc_khz.unwrap_or(0));
+        let entry = boot::load(&ram::loader_view(&**pc.machine.memory())?, config.ram_bytes, vcpus, &image)?;
         enter(&pc.machine, entry)?;
         Ok(Self::new(pc, config.dirty_log))
     }
@@ -84,7 +85,7 @@ impl SourceVm for LiveGuest {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
-        Ok(Description::of(&self.pc).write(out)?)
+        Ok(Description::of(&self.pc)?.write(out)?)
     }
 
     fn is_running(&self) -> bool {
