@@ -7,7 +7,6 @@
 
 mod cli;
 mod guest;
-mod kvm_guest;
 #[allow(dead_code, unused_imports)]
 mod machine;
 mod process_guest;
@@ -24,9 +23,4 @@ use clap::Parser;
 
 fn main() -> ExitCode {
     roles::run(&cli::Cli::parse().command).into()
-}
-
-/// The guest program, an ELF file with a PVH entry.
-fn payload() -> &'static [u8] {
-    include_bytes!(concat!(env!("OUT_DIR"), "/guest.elf"))
 }

@@ -3,22 +3,28 @@
 //! The description that travels ahead begins with one byte for the kind, so that a destination
 //! needs no option to know what will arrive.
 
-use std::io;
+use std::borrow::Cow;
 use std::os::fd::AsFd;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fs, io};
 
 use pageferry::dirty::DirtySource;
 use pageferry::memory::{GuestMemory, Layout};
 use pageferry::vm::{DestinationVm, SourceVm, Step, VmError, VmResult};
+use pageferry_kvm::DirtyLogMode;
 
+use crate::cli::units::show_bytes;
 use crate::cli::{Backing, GuestKind, GuestOptions};
 use crate::guest::{DestinationGuest, Guest, SelfCheck, SourceGuest};
-use crate::kvm_guest::{ArrivingKvmGuest, KvmGuest, Linux, Program};
-use crate::machine::{ArrivalConfig, ConsoleEnds, GuestHandle, check_room};
+use crate::machine::{
+    ArrivalConfig, ArrivingGuest, BootImage, Boots, ConsoleEnds, GuestBacking, GuestConfig, GuestHandle, LiveGuest,
+    check_room,
+};
 use crate::process_guest::{ArrivingProcessGuest, ProcessGuest};
 use crate::progress::Screen;
+use crate::workload::line::Line;
 
 /// Why a guest could not be started or taken in.
 #[derive(Debug, thiserror::Error)]
@@ -26,6 +32,9 @@ pub(crate) enum GuestError {
     /// A kernel needs a machine.
     #[error("--kernel boots a real machine, which needs KVM: leave out --guest process")]
     KernelNeedsKvm,
+    /// A file that the user named.
+    #[error("cannot read {path}: {source}")]
+    Unreadable { path: PathBuf, source: io::Error },
     /// A description that begins with an unknown kind.
     #[error(
         "the source sends a guest of a kind that this program does not know ({0:?}): use the same `migrate` on both sides"
@@ -45,22 +54,29 @@ const LINUX_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1 pci=off";
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum Kind {
     Process,
-    Kvm(Program),
+    Kvm,
 }
 
 impl Kind {
     fn to_byte(self) -> u8 {
         match self {
             Self::Process => b'P',
-            Self::Kvm(Program::Ours) => b'K',
-            Self::Kvm(Program::Linux) => b'L',
+            Self::Kvm => b'K',
         }
     }
 
     fn from_byte(byte: u8) -> Option<Self> {
-        [Self::Process, Self::Kvm(Program::Ours), Self::Kvm(Program::Linux)]
-            .into_iter()
-            .find(|kind| kind.to_byte() == byte)
+        [Self::Process, Self::Kvm].into_iter().find(|kind| kind.to_byte() == byte)
+    }
+}
+
+impl From<Backing> for GuestBacking {
+    fn from(backing: Backing) -> Self {
+        match backing {
+            Backing::Anon => Self::Anonymous,
+            Backing::Memfd => Self::Memfd,
+            Backing::Huge => Self::HugePages2M,
+        }
     }
 }
 
@@ -84,19 +100,38 @@ pub(crate) fn start(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) 
 }
 
 fn start_kvm(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) -> Result<AnySource, VmError> {
+    let input =
+        if typing && options.kernel.is_some() { Some(io::stdin().as_fd().try_clone_to_owned()?.into()) } else { None };
+    let mut guest = LiveGuest::boot(GuestConfig {
+        ram_bytes: options.memory,
+        vcpus: options.vcpus,
+        backing: options.backing.into(),
+        boots: boots(options, screen)?,
+        console: ConsoleEnds { input, output: None },
+        dirty_log: DirtyLogMode::default(),
+    })?;
+    show_console(&guest.handle(), screen)?;
+    guest.resume()?;
+    Ok(AnySource { kind: Kind::Kvm, guest: Box::new(guest) })
+}
+
+fn boots(options: &GuestOptions, screen: &Screen) -> Result<Boots, VmError> {
     let Some(kernel) = &options.kernel else {
         let params = options.params();
         screen.note(&format!("KVM guest: {}", options.describe(&params)));
-        let guest = KvmGuest::start(options.memory, options.backing, params)?;
-        return Ok(AnySource { kind: Kind::Kvm(Program::Ours), guest: Box::new(guest) });
+        return Ok(Boots::Payload(params));
     };
-    let command_line = options.cmdline.clone().unwrap_or_else(|| LINUX_COMMAND_LINE.to_owned());
-    let linux = Linux { kernel: kernel.clone(), initrd: options.initrd.clone(), command_line };
-    let input = if typing { Some(io::stdin().as_fd().try_clone_to_owned()?.into()) } else { None };
-    let console = ConsoleEnds { input, output: None };
-    let guest = KvmGuest::start_linux(options.memory, options.backing, options.vcpus, &linux, console)?;
-    show_console(guest.handle(), screen)?;
-    Ok(AnySource { kind: Kind::Kvm(Program::Linux), guest: Box::new(guest) })
+    let (memory, vcpus) = (show_bytes(options.memory), options.vcpus);
+    screen.note(&format!("KVM guest: {memory}, {vcpus} vCPUs, booting {}", kernel.display()));
+    Ok(Boots::Image(BootImage {
+        kernel: Cow::Owned(read(kernel)?),
+        initrd: options.initrd.as_deref().map(read).transpose()?,
+        command_line: options.cmdline.clone().unwrap_or_else(|| LINUX_COMMAND_LINE.to_owned()),
+    }))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, GuestError> {
+    fs::read(path).map_err(|source| GuestError::Unreadable { path: path.to_owned(), source })
 }
 
 fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, VmError> {
@@ -109,10 +144,14 @@ fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, V
     Ok(AnySource { kind: Kind::Process, guest: Box::new(guest) })
 }
 
-/// Shows every line of a guest's console for as long as there is one.
-fn show_console(handle: GuestHandle, screen: &Arc<Screen>) -> io::Result<()> {
+/// Shows what a guest prints for as long as there is one, but not what our own program says to us.
+fn show_console(handle: &GuestHandle, screen: &Arc<Screen>) -> io::Result<()> {
     let (lines, screen) = (handle.lines(), Arc::clone(screen));
-    let show = move || lines.iter().for_each(|line| screen.console(&line.text));
+    let show = move || {
+        for line in lines.iter().filter(|line| Line::parse(&line.text).is_none()) {
+            screen.console(&line.text);
+        }
+    };
     std::thread::Builder::new().name("console".to_owned()).spawn(show)?;
     Ok(())
 }
@@ -205,15 +244,12 @@ impl AnyDestination {
         Ok(memory)
     }
 
-    fn prepare_kvm(&mut self, program: Program, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+    fn prepare_kvm(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
         let (backing, max_memory) = (Some(self.backing.into()), self.max_memory);
-        let arrival = ArrivalConfig { max_memory, backing, ..ArrivalConfig::default() };
-        let mut guest = ArrivingKvmGuest::new(arrival, program);
+        let mut guest = ArrivingGuest::new(ArrivalConfig { max_memory, backing, ..ArrivalConfig::default() });
         let memory = guest.prepare(config, layout)?;
-        if program == Program::Linux
-            && let Some(handle) = guest.handle()
-        {
-            show_console(handle, &self.screen)?;
+        if let Some(handle) = guest.handle() {
+            show_console(&handle, &self.screen)?;
         }
         self.guest = Some(Box::new(guest));
         Ok(memory)
@@ -234,7 +270,7 @@ impl DestinationVm for AnyDestination {
         };
         match Kind::from_byte(kind) {
             Some(Kind::Process) => self.prepare_process(config, layout),
-            Some(Kind::Kvm(program)) => self.prepare_kvm(program, config, layout),
+            Some(Kind::Kvm) => self.prepare_kvm(config, layout),
             None => Err(GuestError::UnknownKind(Some(kind)).into()),
         }
     }
