@@ -232,3 +232,26 @@ impl IrqLine {
         self.set(false)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry::memory::{Backing, Layout, MappedMemory, Region};
+
+    #[test]
+    fn bits_that_the_sources_kvm_added_count_as_well() {
+        let host = match Host::open() {
+            Ok(host) => host,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let layout = Layout::new(vec![Region::ram("ram", 0, 1 << 20)]).unwrap();
+        let memory = Arc::new(MappedMemory::new(layout, Backing::Memfd).unwrap());
+        let source = Machine::new(&host, MachineConfig::new(&host, 1), memory.clone()).unwrap();
+        let mut config = MachineConfig::from_bytes(&source.config().to_bytes()).unwrap();
+        Machine::new(&host, config.clone(), memory.clone()).unwrap();
+        let features = config.cpuid_in_force.iter_mut().find(|entry| entry.function == 0x8000_0001).unwrap();
+        features.ecx |= 1 << 16;
+        let refusal = Machine::new(&host, config, memory).unwrap_err();
+        assert!(refusal.to_string().contains("FMA4"), "{refusal}");
+    }
+}

@@ -13,7 +13,7 @@ use crate::fixture::*;
 
 /// A machine as the destination makes it: from the bytes of the source's configuration.
 fn destination(host: &Host, source: &Machine) -> (Machine, Arc<MappedMemory>) {
-    let config = MachineConfig::from_bytes(&source.config().to_bytes().unwrap()).unwrap();
+    let config = MachineConfig::from_bytes(&source.config().to_bytes()).unwrap();
     let memory = memory(pageferry::memory::Backing::Anonymous);
     (Machine::new(host, config, memory.clone()).unwrap(), memory)
 }
@@ -208,7 +208,7 @@ fn a_cpu_feature_that_the_host_lacks_is_refused_by_its_name() {
     let mut config = MachineConfig::new(&host, 1);
     let leaf = config.cpuid.iter_mut().find(|entry| entry.function == 0x8000_0001).unwrap();
     leaf.ecx |= 1 << 11;
-    let config = MachineConfig::from_bytes(&config.to_bytes().unwrap()).unwrap();
+    let config = MachineConfig::from_bytes(&config.to_bytes()).unwrap();
     let refusal = Machine::new(&host, config, memory(pageferry::memory::Backing::Memfd)).unwrap_err();
     assert!(refusal.to_string().contains("XOP (leaf 0x80000001 ECX bit 11)"), "{refusal}");
     let KvmError::Cpu(missing) = refusal else { panic!("{refusal}") };
