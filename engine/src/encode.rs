@@ -13,7 +13,7 @@ use crate::memory::{
 };
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
 use crate::wire::pages::{Coding, Record, encode_records};
-use crate::wire::{HEADER_LEN, Header, Kind, WireError};
+use crate::wire::{HEADER_LEN, Header, Kind};
 
 /// What became of the pages of one or more batches.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -48,14 +48,6 @@ impl PageReader {
     pub(crate) fn new(memory: Arc<dyn GuestMemory>) -> Self {
         let layout = memory.layout().clone();
         Self { memory, layout }
-    }
-
-    pub(crate) fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    pub(crate) fn memory(&self) -> &dyn GuestMemory {
-        &*self.memory
     }
 
     /// Calls `visit` with a reader for every page of a run: the reader fills one page buffer and
@@ -236,9 +228,4 @@ pub(crate) fn populated_runs(memory: &dyn GuestMemory, longest: u64) -> Vec<Page
         }
     }
     runs
-}
-
-/// Whether a wire error means damage on the way rather than a wrong peer.
-pub(crate) fn is_damage(error: &WireError) -> bool {
-    matches!(error, WireError::Checksum { .. } | WireError::Sequence { .. })
 }

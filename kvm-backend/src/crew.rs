@@ -96,11 +96,11 @@ pub(crate) struct Threads {
 
 impl Threads {
     /// Starts a thread per vCPU, parked.
-    pub(crate) fn start(crew: &Arc<Crew>, handler: &Arc<dyn ExitHandler>) -> io::Result<Self> {
+    pub(crate) fn start(crew: &Arc<Crew>, handler: Arc<dyn ExitHandler>) -> io::Result<Self> {
         kick::install_handler()?;
         let mut started = Self { crew: Arc::clone(crew), threads: Vec::with_capacity(crew.vcpus.len()) };
-        for index in 0..crew.vcpus.len() {
-            let (crew, handler) = (Arc::clone(crew), Arc::clone(handler));
+        for (index, handler) in std::iter::repeat_n(handler, crew.vcpus.len()).enumerate() {
+            let crew = Arc::clone(crew);
             let builder = std::thread::Builder::new().name(format!("vcpu-{index}"));
             started.threads.push(builder.spawn(move || serve(&crew, &crew.vcpus[index], &*handler))?);
         }

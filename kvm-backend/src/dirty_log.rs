@@ -7,7 +7,7 @@
 //! Where the host has it, logging starts with **all bits set** and nothing write-protected, so that
 //! starting costs nothing and each page is protected when its turn comes. But a page that nobody
 //! ever touched is never sent, so never re-armed, and would be reported for ever. [`DirtyLog::start`]
-//! therefore re-arms every page that [`GuestMemory::populated`] does not list. That loses nothing:
+//! therefore re-arms every page that [`GuestMemory::populated`](pageferry::memory::GuestMemory::populated) does not list. That loses nothing:
 //!
 //! - touched before the question: the list has it, its bit stays;
 //! - touched between the question and its re-arming: the bit is lost, but the page is populated now,
@@ -24,7 +24,7 @@ use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_DIRTY_LOG_INITIALLY_SET, KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, kvm_enable_cap,
 };
 use pageferry::dirty::{DirtySink, DirtySource, Point};
-use pageferry::memory::{GuestMemory, Layout, RegionId};
+use pageferry::memory::{Layout, RegionId};
 use pageferry::units::PAGES_PER_WORD;
 use pageferry::vm::VmResult;
 
@@ -129,7 +129,7 @@ impl DirtyLog {
         let Some(populated) = self.vm.memory.populated(slot.region) else {
             return Ok(());
         };
-        let mut words = [0; START_WORDS];
+        let mut words = vec![0; START_WORDS];
         let step = START_WORDS as u64 * PAGES_PER_WORD;
         for first in (slot.first_page..slot.first_page + slot.pages).step_by(step as usize) {
             let end = (first + step).min(slot.first_page + slot.pages);

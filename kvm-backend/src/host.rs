@@ -35,6 +35,7 @@ const NEEDED: [(Cap, &str, &str); 14] = [
 /// Abilities that change how this crate works, where the host has them.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 #[non_exhaustive]
+#[allow(clippy::struct_excessive_bools)] // each says yes or no to a capability of its own
 pub struct Features {
     /// Bits of `KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2`: 1 for manual protection, 2 for all bits set at first.
     pub manual_dirty_log: u32,

@@ -110,7 +110,7 @@ impl Machine {
         if self.threads.is_some() {
             return Err(KvmError::Order { is: "started already", remedy: "call start once, then resume" });
         }
-        self.threads = Some(Threads::start(&self.crew, &handler).map_err(call("starting the vCPU threads"))?);
+        self.threads = Some(Threads::start(&self.crew, handler).map_err(call("starting the vCPU threads"))?);
         Ok(())
     }
 

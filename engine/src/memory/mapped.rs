@@ -287,6 +287,7 @@ mod tests {
         assert!(error.to_string().contains("region 0"), "{error}");
         assert!(memory.read(RegionId(0), u64::MAX, &mut [0; 2]).is_err());
         assert!(memory.read(RegionId(1), 0, &mut [0; 1]).is_err());
+        assert!(memory.read(RegionId(1), 0, &mut []).is_ok());
         assert!(memory.read(RegionId(9), 0, &mut [0; 1]).is_err());
         assert!(memory.discard(RegionId(0), 0..1025).is_err());
     }

@@ -112,6 +112,10 @@ fn checked_window<M: GuestMemory + ?Sized>(
     let Some(described) = memory.layout().region(region) else {
         return Err(out_of_bounds);
     };
+    if len == 0 && offset <= described.len {
+        // An empty region has no window, and no bytes need one.
+        return Ok(NonNull::dangling().as_ptr());
+    }
     let window = memory.window(region).ok_or(MemoryError::Unsupported("access without a window"))?;
     let limit = described.len.min(window.len as u64);
     match offset.checked_add(len as u64) {

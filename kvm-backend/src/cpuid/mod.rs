@@ -27,7 +27,9 @@ pub(crate) fn complete(supported: &mut [kvm_cpuid_entry2], features: Features) {
 pub(crate) fn default_for(supported: &[kvm_cpuid_entry2], vcpus: u32) -> Vec<kvm_cpuid_entry2> {
     let kept = supported.iter().filter(|entry| !matches!(entry.function, 0xb | 0x1f));
     let mut cpuid: Vec<_> = kept.copied().collect();
-    cpuid.iter_mut().for_each(|entry| simplify(entry, vcpus));
+    for entry in &mut cpuid {
+        simplify(entry, vcpus);
+    }
     if supported.iter().any(|entry| entry.function == 0xb) {
         cpuid.extend(topology(vcpus));
     }

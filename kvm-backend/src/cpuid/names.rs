@@ -40,21 +40,24 @@ impl Register {
 /// the guest itself has set up.
 pub(super) fn feature_mask(entry: &kvm_cpuid_entry2, register: Register) -> u32 {
     use Register::{Eax, Ebx, Ecx, Edx};
-    match (entry.function, entry.index, register) {
-        (1, _, Ecx) => !(OSXSAVE | HYPERVISOR),
-        (1, _, Edx) => !HYPER_THREADING,
-        (7, 0, Ecx) => !OSPKE,
-        (7, 0, Ebx | Edx)
-        | (7, 1.., _)
-        | (0xd, 0, Eax | Edx)
-        | (0xd, 1, Eax | Ecx | Edx)
-        | (0x4000_0001, _, Eax)
-        | (0x8000_0001, _, Ecx | Edx)
-        | (0x8000_0007, _, Edx)
-        | (0x8000_0008, _, Ebx)
-        | (0x8000_0021, _, Eax) => !0,
+    let follows_the_guest = match (entry.function, entry.index, register) {
+        (1, _, Ecx) => OSXSAVE | HYPERVISOR,
+        (1, _, Edx) => HYPER_THREADING,
+        (7, 0, Ecx) => OSPKE,
         _ => 0,
-    }
+    };
+    let holds_features = match (entry.function, entry.index) {
+        (1, _) | (0x8000_0001, _) => matches!(register, Ecx | Edx),
+        (7, 0) => register != Eax,
+        (7, _) => true,
+        (0xd, 0) => matches!(register, Eax | Edx),
+        (0xd, 1) => register != Ebx,
+        (0x4000_0001 | 0x8000_0021, _) => register == Eax,
+        (0x8000_0007, _) => register == Edx,
+        (0x8000_0008, _) => register == Ebx,
+        _ => false,
+    };
+    if holds_features { !follows_the_guest } else { 0 }
 }
 
 /// A bit in words.

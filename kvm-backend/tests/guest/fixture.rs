@@ -88,7 +88,17 @@ pub(crate) fn bare(host: &Host, vcpus: u32) -> (Machine, Arc<MappedMemory>) {
 
 /// A machine about to run `code` on every vCPU, with vCPU `n`'s RDI at counter `n`.
 pub(crate) fn loaded(host: &Host, vcpus: u32, code: &[u8]) -> (Machine, Arc<MappedMemory>) {
-    let (machine, memory) = bare(host, vcpus);
+    loaded_with(host, vcpus, code, memory(Backing::Memfd))
+}
+
+/// The same over given memory.
+pub(crate) fn loaded_with(
+    host: &Host,
+    vcpus: u32,
+    code: &[u8],
+    memory: Arc<MappedMemory>,
+) -> (Machine, Arc<MappedMemory>) {
+    let machine = Machine::new(host, MachineConfig::new(host, vcpus), memory.clone()).unwrap();
     write_tables(&memory);
     memory.write(RegionId(0), CODE, code).unwrap();
     for index in 0..vcpus {
@@ -115,7 +125,7 @@ fn write_tables(memory: &MappedMemory) {
         put(PD_LOW, index, index << 21 | LARGE_PAGE);
     }
     for index in 0..HIGH_LEN >> 21 {
-        put(PD_HIGH, index, HIGH + (index << 21) | LARGE_PAGE);
+        put(PD_HIGH, index, (HIGH + (index << 21)) | LARGE_PAGE);
     }
 }
 
