@@ -83,16 +83,15 @@ impl Placer {
         let old = self.table.swap(page, new);
         tally.pages += 1;
         tally.digest.replace(page, old, new);
-        match content {
-            Some((bytes, _)) => self.memory.write(region, page_offset(index), bytes),
-            None => {
-                tally.zero_pages += 1;
-                // A page with the zero hash was never written here: it reads as zeros already.
-                if old == PageHash::ZERO {
-                    return Ok(());
-                }
-                self.memory.write(region, page_offset(index), &ZERO_PAGE)
+        if let Some((bytes, _)) = content {
+            self.memory.write(region, page_offset(index), bytes)
+        } else {
+            tally.zero_pages += 1;
+            // A page with the zero hash was never written here: it reads as zeros already.
+            if old == PageHash::ZERO {
+                return Ok(());
             }
+            self.memory.write(region, page_offset(index), &ZERO_PAGE)
         }
     }
 }
@@ -103,8 +102,8 @@ mod tests {
     use crate::batch::{Batch, Planner};
     use crate::digest::{Digest, DigestKey};
     use crate::dirty::{Accumulator, DirtySink};
-    use crate::encode::{EncodedBatch, Encoder, PageReader, digest_runs, populated_runs};
-    use crate::memory::{Backing, MappedMemory, Region};
+    use crate::encode::{EncodedBatch, Encoder, digest_runs, populated_runs};
+    use crate::memory::{Backing, MappedMemory, PageReader, Region};
 
     struct Side {
         memory: Arc<MappedMemory>,
@@ -115,7 +114,8 @@ mod tests {
         let regions = vec![Region::ram("low", 0, 100 * 4096), Region::ram("high", 1 << 32, 300 * 4096)];
         let layout = Layout::new(regions).unwrap();
         let table = Arc::new(HashTable::new(layout.page_space()));
-        Side { memory: Arc::new(MappedMemory::new(layout, Backing::Anonymous).unwrap()), table }
+        // A memfd: the kernel may give an anonymous mapping a neighbour's huge page, which looks touched.
+        Side { memory: Arc::new(MappedMemory::new(layout, Backing::Memfd).unwrap()), table }
     }
 
     fn hasher() -> PageHasher {
@@ -179,7 +179,7 @@ mod tests {
     #[test]
     fn zero_pages_touch_nothing_at_a_fresh_destination() {
         let (source, destination) = (side(), side());
-        source.memory.write(RegionId(0), 0, &[0; 100 * 4096]).unwrap();
+        source.memory.write(RegionId(0), 0, &vec![0; 100 * 4096]).unwrap();
         send(&source, &destination, &batches(&source, &[(0, 0..100)]));
         assert_eq!(destination.memory.populated(RegionId(0)), Some(vec![]));
     }

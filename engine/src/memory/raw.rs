@@ -33,8 +33,7 @@ pub(crate) unsafe fn copy_to_guest(from: &[u8], target: *mut u8) {
 /// # Safety
 ///
 /// `source` must be readable for a page and aligned to 32 bytes.
-pub(crate) unsafe fn copy_from_guest_unless_zero(source: *const u8, into: &mut [u8]) -> bool {
-    debug_assert_eq!(into.len(), PAGE_SIZE);
+pub(crate) unsafe fn copy_from_guest_unless_zero(source: *const u8, into: &mut [u8; PAGE_SIZE]) -> bool {
     // SAFETY: as the caller vouches.
     let zeros = unsafe { leading_zeros(source) };
     if zeros == PAGE_SIZE {
@@ -89,6 +88,7 @@ unsafe fn leading_zeros(source: *const u8) -> usize {
 }
 
 unsafe fn leading_zeros_words(source: *const u8) -> usize {
+    #[allow(clippy::cast_ptr_alignment)] // pages are aligned to far more
     let words = source.cast::<u64>();
     for block in 0..PAGE_SIZE / 128 {
         let mut any = 0u64;
@@ -107,6 +107,7 @@ unsafe fn leading_zeros_words(source: *const u8) -> usize {
 #[target_feature(enable = "avx2")]
 unsafe fn leading_zeros_avx2(source: *const u8) -> usize {
     use std::arch::x86_64::{__m256i, _mm256_or_si256, _mm256_testz_si256};
+    #[allow(clippy::cast_ptr_alignment)] // pages are aligned to far more
     let vectors = source.cast::<__m256i>();
     for block in 0..PAGE_SIZE / 128 {
         // SAFETY: four 32-byte loads inside the page; pages are 32-byte aligned.

@@ -20,8 +20,9 @@ pub(crate) trait Guest {
     /// Waits until memory is filled and the guest has begun its work.
     fn wait_ready(&mut self) -> VmResult<()>;
 
-    /// Heartbeats seen on this side so far.
-    fn heartbeats(&self) -> u64;
+    /// A count of heartbeats that grows while the guest runs on this side; `None` when this guest
+    /// has no heart (a Linux of the user's).
+    fn heartbeats(&self) -> Option<u64>;
 
     /// Forgets the stalls so far: what is measured from here on belongs to the migration.
     fn reset_stall(&mut self) -> VmResult<()>;

@@ -1,10 +1,15 @@
 //! Options that describe the guest.
 
+use std::collections::hash_map::RandomState;
+use std::hash::{BuildHasher, Hasher};
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::units::{rate, size};
+use super::units::{UnitError, rate, show_bytes, show_rate, size};
+use crate::workload::params::{self as workload, Mix, Params, Rate};
+
+const DEFAULT_MIX: &str = "zero=30,duplicate=10,text=40,random=20";
 
 /// The guest to start.
 #[derive(Args, Clone, Debug)]
@@ -17,20 +22,23 @@ pub(crate) struct GuestOptions {
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "1G")]
     pub(crate) memory: u64,
     /// Virtual CPUs
-    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=255), default_value = "2")]
-    pub(crate) vcpus: u16,
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=254), default_value = "2")]
+    pub(crate) vcpus: u32,
     /// What fills the memory, in per cent
-    #[arg(long, value_name = "KIND=PERCENT,...", value_parser = mix, default_value_t)]
+    #[arg(long, value_name = "KIND=PERCENT,...", value_parser = mix, default_value = DEFAULT_MIX)]
     pub(crate) mix: Mix,
+    /// Write the zero pages too, so that they exist; without it they are never touched
+    #[arg(long)]
+    pub(crate) touch_zero: bool,
     /// Where the content and the order of writes come from; without it, a random one
     #[arg(long, value_name = "NUMBER")]
     pub(crate) seed: Option<u64>,
     /// Memory that the guest goes on writing; without it, an eighth of all
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) working_set: Option<u64>,
-    /// How fast it writes; a page counts in full even if few of its bytes change
-    #[arg(long, value_name = "SIZE/s", value_parser = rate, default_value = "20M/s")]
-    pub(crate) rate: u64,
+    /// How fast it writes, or `max`; a page counts in full even if few of its bytes change
+    #[arg(long, value_name = "SIZE/s", value_parser = write_rate, default_value = "20M/s")]
+    pub(crate) rate: Rate,
     /// Whether a write changes a few bytes of a page or all of it
     #[arg(long, value_name = "KIND", value_enum, default_value_t)]
     pub(crate) writes: Writes,
@@ -52,10 +60,36 @@ pub(crate) struct GuestOptions {
 }
 
 impl GuestOptions {
-    /// Bytes of memory that the guest goes on writing.
-    pub(crate) fn working_set(&self) -> u64 {
-        self.working_set.unwrap_or(self.memory / 8).min(self.memory)
+    /// The workload's own words for these choices.
+    pub(crate) fn params(&self) -> Params {
+        Params {
+            mix: self.mix,
+            seed: self.seed.unwrap_or_else(random_seed),
+            working_set: self.working_set.unwrap_or(self.memory / 8).min(self.memory),
+            rate: if self.idle { Rate::BytesPerSecond(0) } else { self.rate },
+            writes: self.writes.into(),
+            touch_zero: self.touch_zero,
+            vcpus: self.vcpus,
+            ..Params::default()
+        }
     }
+
+    /// The guest in words.
+    pub(crate) fn describe(&self, params: &Params) -> String {
+        let (memory, working_set) = (show_bytes(self.memory), show_bytes(params.working_set));
+        let writes = match params.rate {
+            Rate::BytesPerSecond(0) => "writes nothing".to_owned(),
+            Rate::BytesPerSecond(rate) => format!("writes {} over {working_set}", show_rate(rate as f64)),
+            Rate::Max => format!("writes as fast as it can over {working_set}"),
+        };
+        let whole = if params.writes == workload::Writes::Full { "whole pages" } else { "a few bytes a page" };
+        format!("{memory}, {} vCPUs, {writes} ({whole}), seed {}", self.vcpus, params.seed)
+    }
+}
+
+/// Random enough to be another one in every run; printed, so that a run can be repeated.
+fn random_seed() -> u64 {
+    RandomState::new().build_hasher().finish() >> 16
 }
 
 /// What runs the guest.
@@ -80,6 +114,15 @@ pub(crate) enum Writes {
     Full,
 }
 
+impl From<Writes> for workload::Writes {
+    fn from(writes: Writes) -> Self {
+        match writes {
+            Writes::Few => Self::Few,
+            Writes::Full => Self::Full,
+        }
+    }
+}
+
 /// What stands behind guest memory.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) enum Backing {
@@ -92,6 +135,17 @@ pub(crate) enum Backing {
     Huge,
 }
 
+impl Backing {
+    /// Its name on the command line.
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Anon => "anon",
+            Self::Memfd => "memfd",
+            Self::Huge => "huge",
+        }
+    }
+}
+
 impl From<Backing> for pageferry::memory::Backing {
     fn from(backing: Backing) -> Self {
         match backing {
@@ -102,28 +156,6 @@ impl From<Backing> for pageferry::memory::Backing {
     }
 }
 
-/// Kinds of content in per cent; together 100.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct Mix {
-    pub(crate) zero: u8,
-    pub(crate) duplicate: u8,
-    pub(crate) text: u8,
-    pub(crate) random: u8,
-}
-
-impl Default for Mix {
-    fn default() -> Self {
-        Self { zero: 30, duplicate: 10, text: 40, random: 20 }
-    }
-}
-
-impl std::fmt::Display for Mix {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { zero, duplicate, text, random } = self;
-        write!(f, "zero={zero},duplicate={duplicate},text={text},random={random}")
-    }
-}
-
 /// Why a mix could not be understood.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum MixError {
@@ -131,6 +163,10 @@ pub(crate) enum MixError {
     Part(String),
     #[error("the parts add up to {0} per cent, not 100")]
     Sum(u32),
+}
+
+fn write_rate(text: &str) -> Result<Rate, UnitError> {
+    if text == "max" { Ok(Rate::Max) } else { rate(text).map(Rate::BytesPerSecond) }
 }
 
 fn mix(text: &str) -> Result<Mix, MixError> {
@@ -156,10 +192,16 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_mix_is_written_the_way_it_is_shown() {
-        assert_eq!(mix(&Mix::default().to_string()), Ok(Mix::default()));
+    fn a_mix_names_its_kinds() {
+        assert_eq!(mix(DEFAULT_MIX), Ok(Params::default().mix));
         assert_eq!(mix("random=100"), Ok(Mix { zero: 0, duplicate: 0, text: 0, random: 100 }));
-        assert_eq!(mix("zero=25%,random=75%").map(|mix| mix.zero), Ok(25));
+        assert_eq!(mix("zero=25%,dup=75").map(|mix| (mix.zero, mix.duplicate)), Ok((25, 75)));
+    }
+
+    #[test]
+    fn the_fastest_rate_has_a_name() {
+        assert_eq!(write_rate("max"), Ok(Rate::Max));
+        assert_eq!(write_rate("1M/s"), Ok(Rate::BytesPerSecond(1 << 20)));
     }
 
     #[test]

@@ -6,10 +6,9 @@ mod limits;
 pub(crate) mod units;
 
 pub(crate) use exit::ExitStatus;
-pub(crate) use guest::{Backing, GuestKind, GuestOptions, Mix, Writes};
-pub(crate) use limits::{Lane, Limits, OnTimeout, Verify};
+pub(crate) use guest::{Backing, GuestKind, GuestOptions};
+pub(crate) use limits::{Lane, Limits};
 
-use std::net::SocketAddr;
 use std::time::Duration;
 
 use clap::{Args, Parser, Subcommand};
@@ -88,8 +87,8 @@ pub(crate) struct DemoOptions {
 #[derive(Args, Debug)]
 pub(crate) struct ReceiveOptions {
     /// Where to listen; port 0 takes a free one and says which
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub(crate) listen: SocketAddr,
+    #[arg(long, value_name = "ADDR:PORT", value_parser = address)]
+    pub(crate) listen: String,
     /// Network interface to listen on, such as a dedicated migration network's
     #[arg(long, value_name = "NAME", help_heading = "Network")]
     pub(crate) interface: Option<String>,
@@ -118,8 +117,8 @@ pub(crate) struct ReceiveOptions {
 #[derive(Args, Debug)]
 pub(crate) struct SendOptions {
     /// Where the destination listens
-    #[arg(long, value_name = "ADDR:PORT")]
-    pub(crate) to: SocketAddr,
+    #[arg(long, value_name = "HOST:PORT", value_parser = address)]
+    pub(crate) to: String,
     #[command(flatten)]
     pub(crate) moment: Moment,
     #[command(flatten)]
@@ -169,6 +168,20 @@ fn linger(text: &str) -> Result<LingerTime, units::UnitError> {
     if text == "forever" { Ok(LingerTime::Forever) } else { duration(text).map(LingerTime::For) }
 }
 
+/// Checks the form only: whether a name can be resolved is the transport's question.
+fn address(text: &str) -> Result<String, AddressError> {
+    let wrong = || AddressError(text.to_owned());
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    port.parse::<u16>().map_err(|_| wrong())?;
+    let bare_ipv6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
+    if host.is_empty() || bare_ipv6 { Err(wrong()) } else { Ok(text.to_owned()) }
+}
+
+/// Text that cannot be an address.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is not of the form 192.0.2.7:7000, [2001:db8::7]:7000 or host:7000")]
+struct AddressError(String);
+
 /// What is printed.
 #[derive(Args, Clone, Copy, Debug)]
 pub(crate) struct Output {
@@ -180,6 +193,7 @@ pub(crate) struct Output {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workload::params::Rate;
 
     fn parse(line: &str) -> Result<Command, clap::Error> {
         Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.command)
@@ -194,7 +208,8 @@ mod tests {
     #[test]
     fn demo_needs_no_option() {
         let Ok(Command::Demo(demo)) = parse("migrate demo") else { panic!("not a demo") };
-        assert_eq!((demo.guest.memory, demo.guest.vcpus, demo.guest.rate), (1 << 30, 2, 20 << 20));
+        assert_eq!((demo.guest.memory, demo.guest.vcpus), (1 << 30, 2));
+        assert_eq!(demo.guest.rate, Rate::BytesPerSecond(20 << 20));
     }
 
     #[test]
@@ -203,6 +218,16 @@ mod tests {
         assert!(send.moment.on_key);
         assert!(parse("migrate send --to 127.0.0.1:1 --on-key --on-signal").is_err());
         assert!(parse("migrate send --to 127.0.0.1:1 --on-key --after 1s").is_err());
+    }
+
+    #[test]
+    fn addresses_have_a_host_and_a_port() {
+        for good in ["127.0.0.1:7000", "[::1]:7000", "host.example:1"] {
+            assert!(address(good).is_ok(), "{good}");
+        }
+        for bad in ["7000", ":7000", "127.0.0.1", "::1:7000", "host:99999", "host:"] {
+            assert!(address(bad).is_err(), "{bad}");
+        }
     }
 
     #[test]

@@ -86,8 +86,8 @@ impl Guest for ProcessGuest {
         Ok(())
     }
 
-    fn heartbeats(&self) -> u64 {
-        self.vcpus.heart().beats()
+    fn heartbeats(&self) -> Option<u64> {
+        Some(self.vcpus.heart().beats())
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {

@@ -234,6 +234,12 @@ impl FinalReport {
         }
     }
 
+    /// The report of a run that came to nothing before a migration began.
+    pub(crate) fn not_started(role: Role, error: String) -> Self {
+        let error = Error::Misuse(error);
+        Self::new(role, &Err(Failed::SourceStillOwns { error, report: Box::default() }))
+    }
+
     /// Adds what the destination knows to the source's report.
     pub(crate) fn merge_destination(&mut self, destination: &Self) {
         self.cpu_seconds.destination = destination.cpu_seconds.destination;
