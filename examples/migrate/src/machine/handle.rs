@@ -77,6 +77,10 @@ impl GuestHandle {
         self.wait_for(&lines, "filled its memory", self.patience_with_memory(), ready)
     }
 
+    fn heartbeats(&self) -> Option<u64> {
+        self.payload.then(|| self.beats().count)
+    }
+
     fn reset_stall(&self) {
         if self.payload {
             self.command(Command::ResetStall);
@@ -157,8 +161,8 @@ impl Guest for LiveGuest {
         Ok(self.handle().wait_ready()?)
     }
 
-    fn heartbeats(&self) -> u64 {
-        self.handle().beats().count
+    fn heartbeats(&self) -> Option<u64> {
+        self.handle().heartbeats()
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {
@@ -180,8 +184,8 @@ impl Guest for ArrivingGuest {
         Ok(self.arrived()?.wait_ready()?)
     }
 
-    fn heartbeats(&self) -> u64 {
-        self.handle().map_or(0, |handle| handle.beats().count)
+    fn heartbeats(&self) -> Option<u64> {
+        self.handle()?.heartbeats()
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {

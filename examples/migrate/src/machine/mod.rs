@@ -29,5 +29,6 @@ pub(crate) use destination::{ArrivalConfig, ArrivingGuest};
 pub(crate) use error::MachineError;
 pub(crate) use handle::GuestHandle;
 pub(crate) use pc::ConsoleEnds;
+pub(crate) use room::check as check_room;
 pub(crate) use source::{GuestConfig, LiveGuest};
 pub(crate) use watch::{Beats, GuestLine};
