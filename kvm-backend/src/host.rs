@@ -15,7 +15,7 @@ use crate::error::{KvmError, call};
 const DEVICE: &str = "/dev/kvm";
 
 /// Capabilities that this crate cannot work without, and the first kernel with them on x86-64.
-const NEEDED: [(Cap, &str, &str); 14] = [
+const NEEDED: [(Cap, &str, &str); 13] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "2.6.25"),
     (Cap::DestroyMemoryRegionWorks, "KVM_CAP_DESTROY_MEMORY_REGION_WORKS", "2.6.30"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP", "2.6.25"),
@@ -28,7 +28,6 @@ const NEEDED: [(Cap, &str, &str); 14] = [
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "2.6.33"),
     (Cap::Debugregs, "KVM_CAP_DEBUGREGS", "2.6.35"),
     (Cap::Xsave, "KVM_CAP_XSAVE", "2.6.36"),
-    (Cap::Xcrs, "KVM_CAP_XCRS", "2.6.36"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "4.11"),
 ];
 

@@ -77,7 +77,10 @@ impl VcpuState {
         vcpu.set_sregs(&self.sregs.0).map_err(call(what("the special registers")))?;
         self.set_pdptrs(vcpu, knowledge).map_err(call(what("the page-directory pointers")))?;
         vcpu.set_regs(&self.regs.0).map_err(call(what("the general registers")))?;
-        vcpu.set_xcrs(&self.xcrs.0).map_err(call(what("the extended control registers")))?;
+        if self.xcrs.0.nr_xcrs > 0 {
+            // A CPU without XSAVE has none, and refuses to be told so.
+            vcpu.set_xcrs(&self.xcrs.0).map_err(call(what("the extended control registers")))?;
+        }
         self.set_xsave(vcpu, index, knowledge.xsave)?;
         vcpu.set_debug_regs(&self.debug.0).map_err(call(what("the debug registers")))?;
         vcpu.set_lapic(&self.lapic.0).map_err(call(what("the local APIC")))?;

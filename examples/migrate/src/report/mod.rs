@@ -284,6 +284,8 @@ fn outcome_of(result: &Result<Report, Failed>) -> (Outcome, Owner) {
 
 #[cfg(test)]
 mod tests {
+    use pageferry::wire::SessionId;
+
     use super::*;
 
     fn completed() -> FinalReport {
@@ -323,7 +325,7 @@ mod tests {
         let timed_out = failed(Failed::SourceStillOwns { error, report: report() });
         assert_eq!((timed_out.owner, timed_out.exit_status()), (Owner::Source, ExitStatus::Failed));
         let error = Error::TimedOut(Duration::from_secs(1));
-        let undecided = failed(Failed::Undecided { error, report: report() });
+        let undecided = failed(Failed::Undecided { session: SessionId([0; 16]), error, report: report() });
         assert_eq!((undecided.owner, undecided.exit_status()), (Owner::Undecided, ExitStatus::Undecided));
         let error = Error::TimedOut(Duration::from_secs(1));
         let late = failed(Failed::DestinationOwns { error, report: report() });

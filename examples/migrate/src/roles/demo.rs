@@ -38,7 +38,7 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     let operator = Operator::listen(false)?;
     let mut destination = Destination::start(options)?;
     let address = destination.address()?;
-    let mut guest = guests::start(&options.guest, screen)?;
+    let mut guest = guests::start(&options.guest, screen, false)?;
     guest.wait_ready()?;
     if operator.wait(options.after) == Wish::Stop {
         return Err("ended before the migration began".into());

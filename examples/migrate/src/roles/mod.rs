@@ -25,6 +25,6 @@ pub(crate) fn run(command: &Command) -> ExitStatus {
 
 /// Reports that nothing was tried, and why.
 fn not_started(screen: &Screen, role: Role, error: &dyn Display) -> ExitStatus {
-    screen.report(&FinalReport::not_started(role, error.to_string()));
+    screen.not_started(&FinalReport::not_started(role, error.to_string()));
     ExitStatus::SetUp
 }

@@ -4,8 +4,6 @@
 //! Neither ever cuts a guest off in the middle of something: the third Ctrl-C does.
 
 use std::io::{self, BufRead};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
@@ -25,7 +23,6 @@ pub(crate) struct Operator {
     stop: Receiver<()>,
     go: Receiver<()>,
     pressed_enter: Receiver<()>,
-    interrupts: Arc<AtomicUsize>,
 }
 
 /// Whether to go on.
@@ -39,22 +36,16 @@ impl Operator {
     /// Starts to listen. `with_keys` when Enter on standard input means something.
     pub(crate) fn listen(with_keys: bool) -> io::Result<Self> {
         let control = Control::new();
-        let interrupts = Arc::new(AtomicUsize::new(0));
         let (stop_sender, stop) = unbounded();
         let (go_sender, go) = unbounded();
         let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
-        let listener = Listener {
-            control: control.clone(),
-            interrupts: Arc::clone(&interrupts),
-            stop: stop_sender,
-            go: go_sender,
-        };
+        let listener = Listener { control: control.clone(), interrupts: 0, stop: stop_sender, go: go_sender };
         std::thread::Builder::new().name("signals".to_owned()).spawn(move || listener.run(signals))?;
         let (key_sender, pressed_enter) = unbounded();
         if with_keys {
             std::thread::Builder::new().name("keys".to_owned()).spawn(move || watch_keys(&key_sender))?;
         }
-        Ok(Self { control, stop, go, pressed_enter, interrupts })
+        Ok(Self { control, stop, go, pressed_enter })
     }
 
     /// Steers the migration; cancelled by Ctrl-C and SIGTERM.
@@ -101,11 +92,6 @@ impl Operator {
         }
     }
 
-    /// Whether Ctrl-C has been pressed at all.
-    pub(crate) fn was_interrupted(&self) -> bool {
-        self.interrupts.load(Ordering::Acquire) > 0
-    }
-
     fn wait_for(&self, wanted: &Receiver<()>) -> Wish {
         select! {
             recv(wanted) -> came => if came.is_ok() { Wish::GoOn } else { self.wait_for_stop() },
@@ -121,34 +107,37 @@ impl Operator {
 
 struct Listener {
     control: Control,
-    interrupts: Arc<AtomicUsize>,
+    interrupts: usize,
     stop: Sender<()>,
     go: Sender<()>,
 }
 
 impl Listener {
-    fn run(self, mut signals: Signals) {
+    fn run(mut self, mut signals: Signals) {
         for signal in signals.forever() {
             match signal {
-                SIGUSR1 => self.send(&self.go, 1),
+                SIGUSR1 => send(&self.go, 1),
                 SIGTERM => self.interrupt(2),
                 _ => self.interrupt(1),
             }
         }
     }
 
-    fn interrupt(&self, stops: usize) {
-        if self.interrupts.fetch_add(1, Ordering::AcqRel) + 1 >= PATIENCE {
+    fn interrupt(&mut self, stops: usize) {
+        self.interrupts += 1;
+        if self.interrupts >= PATIENCE {
             // Ends the process the way an unhandled Ctrl-C does.
             let _ = signal_hook::low_level::emulate_default_handler(SIGINT);
         }
-        self.send(&self.stop, stops);
+        send(&self.stop, stops);
         self.control.cancel();
     }
+}
 
-    fn send(&self, to: &Sender<()>, times: usize) {
+fn send(to: &Sender<()>, times: usize) {
+    for _ in 0..times {
         // Nobody listens any more when the program is ending anyway.
-        (0..times).for_each(|_| drop(to.send(())));
+        let _ = to.send(());
     }
 }
 

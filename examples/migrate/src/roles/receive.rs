@@ -30,7 +30,7 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
     let operator = Operator::listen(false)?;
     let acceptor = TcpAcceptor::bind(&options.listen, tcp_options(options))?;
     screen.listening(&acceptor.local_addr().to_string());
-    let mut guest = AnyDestination::new(options.backing, options.max_memory);
+    let mut guest = AnyDestination::new(options.backing, options.max_memory, Arc::clone(screen));
     let mut report = take_in(&mut guest, options, Arc::new(acceptor), screen, &operator);
     let over = Instant::now();
     if report.owner == Owner::Destination {

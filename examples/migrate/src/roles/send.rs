@@ -26,7 +26,7 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, pageferry::vm::VmError> {
     let operator = Operator::listen(options.moment.on_key)?;
-    let mut guest = guests::start(&options.guest, screen)?;
+    let mut guest = guests::start(&options.guest, screen, !options.moment.on_key)?;
     guest.wait_ready()?;
     announce(options, screen);
     if operator.wait_for_moment(options.moment) == Wish::Stop {
