@@ -184,7 +184,8 @@ mod tests {
             expected.insert(u64::from(region) * 128 + page);
         }
         let (batches, armed) = plan(&mut dirty);
-        let planned: Vec<u64> = batches.iter().flat_map(|b| &b.runs).flat_map(|r| r.pages()).map(|p| p.0).collect();
+        let planned: Vec<u64> =
+            batches.iter().flat_map(|b| &b.runs).flat_map(super::super::units::PageRun::pages).map(|p| p.0).collect();
         assert!(planned.iter().eq(expected.iter()));
         assert_eq!(armed_pages(dirty.layout(), &armed), planned);
         assert!(batches.iter().all(|batch| batch.pages <= MAX_BATCH_PAGES as u64 && batch.round == 3));

@@ -45,8 +45,8 @@ pub struct Adaptive {
     stuck_rounds: u32,
 }
 
-/// A downtime below this is not worth another round to shorten.
-const GOOD_ENOUGH: Duration = Duration::from_millis(10);
+/// A downtime below this is not worth another round to shorten: 5 ms of it are the forecast's fixed part.
+const GOOD_ENOUGH: Duration = Duration::from_millis(6);
 
 /// Rounds spent on shortening a downtime that fits already.
 const MAX_POLISHING_ROUNDS: u32 = 4;

@@ -8,9 +8,7 @@ use std::sync::Arc;
 use crate::batch::Batch;
 use crate::digest::{Digest, HashTable, PageHash, PageHasher};
 use crate::limits::MAX_BATCH_PAGES;
-use crate::memory::{
-    GuestMemory, Layout, MemoryError, RegionId, Transfer, copy_from_guest_unless_zero, is_zero, page_offset,
-};
+use crate::memory::{GuestMemory, MemoryError, PageReader, Transfer};
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
 use crate::wire::pages::{Coding, Record, encode_records};
 use crate::wire::{HEADER_LEN, Header, Kind};
@@ -35,53 +33,6 @@ impl Tally {
         self.zero_pages += other.zero_pages;
         self.wire_bytes += other.wire_bytes;
         self.digest = self.digest.plus(other.digest);
-    }
-}
-
-/// Reads pages of guest memory, each byte once.
-pub(crate) struct PageReader {
-    memory: Arc<dyn GuestMemory>,
-    layout: Layout,
-}
-
-impl PageReader {
-    pub(crate) fn new(memory: Arc<dyn GuestMemory>) -> Self {
-        let layout = memory.layout().clone();
-        Self { memory, layout }
-    }
-
-    /// Calls `visit` with a reader for every page of a run: the reader fills one page buffer and
-    /// says whether the page was all zeros (the buffer is then undefined).
-    pub(crate) fn read_run(
-        &self,
-        run: PageRun,
-        mut visit: impl FnMut(PageNumber, &mut dyn FnMut(&mut [u8]) -> Result<bool, MemoryError>) -> Result<(), MemoryError>,
-    ) -> Result<(), MemoryError> {
-        let outside = MemoryError::OutOfBounds { region: RegionId(u32::MAX), offset: run.first.0, len: run.count };
-        let (region, first) = self.layout.locate_run(run).ok_or(outside)?;
-        let window = self.memory.window(region).filter(|window| {
-            let needed = page_offset(first + run.count);
-            window.start.as_ptr() as usize % PAGE_SIZE == 0 && window.len as u64 >= needed
-        });
-        for (index, page) in (first..).zip(run.pages()) {
-            let mut read = |into: &mut [u8]| match window {
-                #[allow(unsafe_code)]
-                Some(window) => {
-                    // SAFETY: the page lies inside the window (checked above), which `GuestMemory`
-                    // keeps mapped; windows are page-aligned here; `into` is a private page.
-                    Ok(unsafe {
-                        let source = window.start.as_ptr().add(page_offset(index) as usize);
-                        copy_from_guest_unless_zero(source, into)
-                    })
-                }
-                None => {
-                    self.memory.read(region, page_offset(index), into)?;
-                    Ok(is_zero(into))
-                }
-            };
-            visit(page, &mut read)?;
-        }
-        Ok(())
     }
 }
 
@@ -158,7 +109,7 @@ impl Encoder {
         for run in &batch.runs {
             self.reader.read_run(*run, |page, read| {
                 let start = out.literal_len;
-                let Some(buffer) = out.literals.get_mut(start..start + PAGE_SIZE) else {
+                let Some(buffer) = out.literals.get_mut(start..).and_then(<[u8]>::first_chunk_mut::<PAGE_SIZE>) else {
                     return Err(MemoryError::Unsupported("a batch over the limit"));
                 };
                 let (coding, hash) = if read(buffer)? {

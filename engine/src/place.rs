@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::digest::{HashTable, PageHash, PageHasher};
 use crate::encode::{Tally, checksum};
 use crate::memory::{GuestMemory, Layout, MemoryError, RegionId, page_offset};
-use crate::units::{PAGE_SIZE, PageNumber};
+use crate::units::{PAGE_SIZE, PageNumber, PageRun};
 use crate::wire::pages::{self, Coding, Record};
 use crate::wire::{FrameBuffer, WireError};
 
@@ -56,44 +56,42 @@ impl Placer {
         self.hashes.extend(literals.chunks_exact(PAGE_SIZE).map(|page| self.hasher.hash(page)));
         header.verify(checksum(&header, head, &self.hashes))?;
         let mut tally = Tally { wire_bytes: frame.bytes().len() as u64, ..Tally::default() };
-        let mut literals = literals.chunks_exact(PAGE_SIZE).zip(&self.hashes);
+        let (mut literals, mut hashes) = (literals, self.hashes.iter());
         for record in &self.records {
             let outside = WireError::Pages { first: record.run.first.0, count: record.run.count };
             let (region, first) = self.layout.locate_run(record.run).ok_or(outside)?;
-            for (index, page) in (first..).zip(record.run.pages()) {
-                let content = match record.coding {
-                    Coding::Zero => None,
-                    Coding::Literal => literals.next(),
-                };
-                self.place_page(region, index, page, content, &mut tally)?;
+            match record.coding {
+                Coding::Zero => self.place_zeros(region, first, record.run, &mut tally)?,
+                Coding::Literal => {
+                    let bytes;
+                    (bytes, literals) = literals.split_at(record.run.count as usize * PAGE_SIZE);
+                    for (page, hash) in record.run.pages().zip(&mut hashes) {
+                        self.note(page, *hash, &mut tally);
+                    }
+                    self.memory.write(region, page_offset(first), bytes)?;
+                }
             }
         }
         Ok(tally)
     }
 
-    fn place_page(
-        &self,
-        region: RegionId,
-        index: u64,
-        page: PageNumber,
-        content: Option<(&[u8], &PageHash)>,
-        tally: &mut Tally,
-    ) -> Result<(), MemoryError> {
-        let new = content.map_or(PageHash::ZERO, |(_, hash)| *hash);
+    fn place_zeros(&self, region: RegionId, first: u64, run: PageRun, tally: &mut Tally) -> Result<(), MemoryError> {
+        tally.zero_pages += run.count;
+        for (index, page) in (first..).zip(run.pages()) {
+            // A page with the zero hash was never written here: it reads as zeros already.
+            if self.note(page, PageHash::ZERO, tally) != PageHash::ZERO {
+                self.memory.write(region, page_offset(index), &ZERO_PAGE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts a page in; returns its hash before.
+    fn note(&self, page: PageNumber, new: PageHash, tally: &mut Tally) -> PageHash {
         let old = self.table.swap(page, new);
         tally.pages += 1;
         tally.digest.replace(page, old, new);
-        match content {
-            Some((bytes, _)) => self.memory.write(region, page_offset(index), bytes),
-            None => {
-                tally.zero_pages += 1;
-                // A page with the zero hash was never written here: it reads as zeros already.
-                if old == PageHash::ZERO {
-                    return Ok(());
-                }
-                self.memory.write(region, page_offset(index), &ZERO_PAGE)
-            }
-        }
+        old
     }
 }
 
@@ -103,8 +101,8 @@ mod tests {
     use crate::batch::{Batch, Planner};
     use crate::digest::{Digest, DigestKey};
     use crate::dirty::{Accumulator, DirtySink};
-    use crate::encode::{EncodedBatch, Encoder, PageReader, digest_runs, populated_runs};
-    use crate::memory::{Backing, MappedMemory, Region};
+    use crate::encode::{EncodedBatch, Encoder, digest_runs, populated_runs};
+    use crate::memory::{Backing, MappedMemory, PageReader, Region};
 
     struct Side {
         memory: Arc<MappedMemory>,
@@ -115,7 +113,8 @@ mod tests {
         let regions = vec![Region::ram("low", 0, 100 * 4096), Region::ram("high", 1 << 32, 300 * 4096)];
         let layout = Layout::new(regions).unwrap();
         let table = Arc::new(HashTable::new(layout.page_space()));
-        Side { memory: Arc::new(MappedMemory::new(layout, Backing::Anonymous).unwrap()), table }
+        // A memfd: the kernel may give an anonymous mapping a neighbour's huge page, which looks touched.
+        Side { memory: Arc::new(MappedMemory::new(layout, Backing::Memfd).unwrap()), table }
     }
 
     fn hasher() -> PageHasher {
@@ -179,7 +178,7 @@ mod tests {
     #[test]
     fn zero_pages_touch_nothing_at_a_fresh_destination() {
         let (source, destination) = (side(), side());
-        source.memory.write(RegionId(0), 0, &[0; 100 * 4096]).unwrap();
+        source.memory.write(RegionId(0), 0, &vec![0; 100 * 4096]).unwrap();
         send(&source, &destination, &batches(&source, &[(0, 0..100)]));
         assert_eq!(destination.memory.populated(RegionId(0)), Some(vec![]));
     }

@@ -382,10 +382,12 @@ impl<'a> Driver<'a> {
         let report = Box::new(report);
         match (outcome, session_id) {
             (Some(Outcome::HandedOver), _) => Ok(*report),
-            (Some(Outcome::SourceOwns(error)), _) => Err(Failed::SourceStillOwns { error, report }),
             (Some(Outcome::DestinationOwns(error)), _) => Err(Failed::DestinationOwns { error, report }),
             (Some(Outcome::Undecided(error)), Some(session)) => Err(Failed::Undecided { session, error, report }),
-            (Some(Outcome::Undecided(error)), None) => Err(Failed::SourceStillOwns { error, report }),
+            // Without a session nothing was ever promised.
+            (Some(Outcome::SourceOwns(error)), _) | (Some(Outcome::Undecided(error)), None) => {
+                Err(Failed::SourceStillOwns { error, report })
+            }
             (None, _) => {
                 let error = Error::Bug("the destination session ended without an outcome".to_owned());
                 Err(Failed::SourceStillOwns { error, report })

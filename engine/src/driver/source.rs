@@ -345,8 +345,7 @@ impl<'a> Driver<'a> {
 
     fn perform(&mut self, action: SourceAction) {
         match action {
-            SourceAction::Dial => self.dial(),
-            SourceAction::DialSettle => self.dial(),
+            SourceAction::Dial | SourceAction::DialSettle => self.dial(),
             SourceAction::Send(message) => {
                 if let Some(messages) = &self.messages {
                     // A lane that has ended has said so already.

@@ -7,10 +7,10 @@ use crossbeam_channel::{Receiver, bounded};
 
 use super::{Counters, Lent};
 use crate::digest::{Digest, PageHasher};
-use crate::encode::{PageReader, digest_runs, populated_runs};
+use crate::encode::{digest_runs, populated_runs};
 use crate::error::Error;
 use crate::host::ThreadRole;
-use crate::memory::{GuestMemory, MemoryError};
+use crate::memory::{GuestMemory, MemoryError, PageReader};
 use crate::units::PAGE_SIZE;
 
 /// Pages that a thread takes at a time.

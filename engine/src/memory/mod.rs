@@ -4,11 +4,13 @@
 mod layout;
 mod mapped;
 mod raw;
+mod reader;
 
 pub use layout::{Layout, LayoutError, Region, RegionId, Transfer};
 pub use mapped::{Backing, MappedMemory};
-pub(crate) use raw::{copy_from_guest, copy_from_guest_unless_zero, copy_to_guest};
+use raw::{copy_from_guest, copy_from_guest_unless_zero, copy_to_guest};
 pub use raw::{is_zero, is_zero_portable};
+pub(crate) use reader::PageReader;
 
 use std::ops::Range;
 use std::ptr::NonNull;

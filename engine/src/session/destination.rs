@@ -252,7 +252,6 @@ impl DestinationSession {
     /// Takes an input. `now` is the time since the session began; it never goes back.
     pub fn handle(&mut self, now: Duration, input: DestinationInput) {
         match input {
-            DestinationInput::Tick => {}
             DestinationInput::Greeted { lane, greeting, peer } => self.on_greeting(now, lane, &greeting, peer),
             DestinationInput::Message(message) => {
                 self.last_heard = now;
@@ -263,8 +262,8 @@ impl DestinationSession {
             DestinationInput::DataLaneLost(error) if self.phase == Phase::Receiving => {
                 self.lane_loss.get_or_insert((error, now + REASON_GRACE));
             }
-            // Later nothing is expected on them any more.
-            DestinationInput::DataLaneLost(_) => {}
+            // Once everything is here, nothing is expected on data lanes any more.
+            DestinationInput::Tick | DestinationInput::DataLaneLost(_) => {}
             DestinationInput::Cancel => self.cancel(),
             DestinationInput::Failed(error) => self.on_failure(error),
             other => self.on_done(now, other),
@@ -340,7 +339,6 @@ impl DestinationSession {
 
     fn on_message(&mut self, now: Duration, message: Message) {
         match (self.phase, message) {
-            (_, Message::Heartbeat { .. }) => {}
             (Phase::AwaitOffer, Message::Offer(offer)) => self.on_offer(offer),
             (Phase::Receiving, Message::State(piece)) => self.on_state(&piece),
             (Phase::Receiving, Message::Finish(finish)) if self.finish.is_none() => {
@@ -352,13 +350,12 @@ impl DestinationSession {
                 self.act(DestinationAction::Start { run: self.run });
             }
             (Phase::AwaitDone, Message::Done) => self.end(Outcome::HandedOver),
-            (Phase::AwaitDone | Phase::Ended, _) => {}
-            (Phase::AwaitOffer, Message::Abort { .. }) => self.forget_source(),
+            (Phase::AwaitDone | Phase::Ended, _) | (_, Message::Heartbeat { .. }) => {}
+            (Phase::AwaitOffer, _) => self.forget_source(),
             (_, Message::Abort { reason }) => {
                 let peer = self.peer.clone();
                 self.give_up(Error::PeerAborted { peer, reason });
             }
-            (Phase::AwaitOffer, _) => self.forget_source(),
             (phase, message) => {
                 let kind = format!("{message:?}");
                 let name = kind.split(['(', ' ', '{']).next().unwrap_or("a message");

@@ -99,20 +99,20 @@ impl Standstill {
     pub(super) fn parts(&self, prepared: &Prepared, running: Duration, resume_us: u64) -> Downtime {
         let until_prepared = self.prepared.saturating_sub(self.paused);
         let harvest = self.harvest.min(until_prepared);
-        let left = until_prepared - harvest;
+        let left = until_prepared.checked_sub(harvest).unwrap();
         let state = (self.save + Duration::from_micros(prepared.load_us)).min(left);
-        let left = left - state;
+        let left = left.checked_sub(state).unwrap();
         let digest = Duration::from_micros(prepared.verify_us).min(left);
         let until_running = running.saturating_sub(self.committed);
         let resume = Duration::from_micros(resume_us).min(until_running);
         Downtime {
             pause: self.paused.saturating_sub(self.ordered),
             harvest,
-            pages: left - digest,
+            pages: left.checked_sub(digest).unwrap(),
             state,
             // Between Prepared and Commit the source compares digests and releases its locks.
             digest: digest + self.committed.saturating_sub(self.prepared),
-            commit: until_running - resume,
+            commit: until_running.checked_sub(resume).unwrap(),
             resume,
         }
     }
@@ -135,7 +135,7 @@ mod tests {
         };
         for (load_us, verify_us, resume_us) in [(1000, 500, 700), (u64::MAX / 2, 1, 0), (0, u64::MAX / 2, u64::MAX / 2)]
         {
-            let prepared = Prepared { load_us, verify_us, ..Prepared::default() };
+            let prepared = Prepared { verify_us, load_us, ..Prepared::default() };
             assert_eq!(standstill.parts(&prepared, ms(125), resume_us).total(), ms(25));
         }
     }

@@ -168,6 +168,7 @@ enum State {
 
 /// The source's state machine.
 #[derive(Debug)]
+#[allow(clippy::struct_excessive_bools)] // independent facts, not a state in disguise: the state has its own type
 pub struct SourceSession {
     setup: SourceSetup,
     state: State,
@@ -510,7 +511,7 @@ impl SourceSession {
 
     fn compare(&mut self, now: Duration) {
         let Some(prepared) = self.prepared else { return };
-        if let Err(error) = self.check_digest("digest of all pages sent", self.digest, prepared.digest) {
+        if let Err(error) = check_digest("digest of all pages sent", self.digest, prepared.digest) {
             self.report.digest_match = Some(false);
             return self.fail(now, error);
         }
@@ -518,7 +519,7 @@ impl SourceSession {
         if self.setup.config.verify == Verify::Full {
             let Some(ours) = self.full_digest else { return };
             let theirs = prepared.full_digest.unwrap_or_default();
-            let result = self.check_digest("full re-hash of all memory", ours, theirs);
+            let result = check_digest("full re-hash of all memory", ours, theirs);
             self.report.full_verify_match = Some(result.is_ok());
             if let Err(error) = result {
                 return self.fail(now, error);
@@ -526,10 +527,6 @@ impl SourceSession {
         }
         self.act(SourceAction::Step(Step::BeforeHandover));
         self.state = State::HandingOver;
-    }
-
-    fn check_digest(&self, check: &'static str, ours: Digest, theirs: Digest) -> Result<(), Error> {
-        if ours == theirs { Ok(()) } else { Err(Error::DigestMismatch { check, ours, theirs }) }
     }
 
     /// The point of no return: from here on only the destination's word counts.
@@ -738,12 +735,10 @@ impl SourceSession {
         match self.state {
             State::Ended => {}
             State::Settling => self.check_settling(now),
-            State::AwaitRunning => {
-                if now >= self.silence_deadline().min(self.stall_deadline()) {
-                    let error = self.silent("answered to Commit", now.saturating_sub(self.last_heard));
-                    self.lose_link(now, error);
-                    self.check_settling(now);
-                }
+            State::AwaitRunning if now >= self.silence_deadline().min(self.stall_deadline()) => {
+                let error = self.silent("answered to Commit", now.saturating_sub(self.last_heard));
+                self.lose_link(now, error);
+                self.check_settling(now);
             }
             _ if self.lane_loss.as_ref().is_some_and(|(_, deadline)| now >= *deadline) => {
                 if let Some((error, _)) = self.lane_loss.take() {
@@ -838,6 +833,10 @@ impl SourceSession {
             State::Dialling | State::AwaitWelcome | State::AwaitAccept | State::OpeningLanes | State::StartingTracking
         )
     }
+}
+
+fn check_digest(check: &'static str, ours: Digest, theirs: Digest) -> Result<(), Error> {
+    if ours == theirs { Ok(()) } else { Err(Error::DigestMismatch { check, ours, theirs }) }
 }
 
 fn open_round(number: u32, started: Duration, stopped: bool, throttle: u8) -> OpenRound {
