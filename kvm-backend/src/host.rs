@@ -15,7 +15,7 @@ use crate::error::{KvmError, call};
 const DEVICE: &str = "/dev/kvm";
 
 /// Capabilities that this crate cannot work without, and the first kernel with them on x86-64.
-const NEEDED: [(Cap, &str, &str); 14] = [
+const NEEDED: [(Cap, &str, &str); 13] = [
     (Cap::UserMemory, "KVM_CAP_USER_MEMORY", "2.6.25"),
     (Cap::DestroyMemoryRegionWorks, "KVM_CAP_DESTROY_MEMORY_REGION_WORKS", "2.6.30"),
     (Cap::Irqchip, "KVM_CAP_IRQCHIP", "2.6.25"),
@@ -28,7 +28,6 @@ const NEEDED: [(Cap, &str, &str); 14] = [
     (Cap::VcpuEvents, "KVM_CAP_VCPU_EVENTS", "2.6.33"),
     (Cap::Debugregs, "KVM_CAP_DEBUGREGS", "2.6.35"),
     (Cap::Xsave, "KVM_CAP_XSAVE", "2.6.36"),
-    (Cap::Xcrs, "KVM_CAP_XCRS", "2.6.36"),
     (Cap::ImmediateExit, "KVM_CAP_IMMEDIATE_EXIT", "4.11"),
 ];
 
@@ -45,6 +44,8 @@ pub struct Features {
     pub tsc_deadline: bool,
     /// The guest can be told that it stood still, so that its watchdogs keep quiet.
     pub clock_control: bool,
+    /// The CPU has XSAVE, and with it extended control registers.
+    pub xcrs: bool,
     /// Page-directory pointers of PAE guests are part of the state.
     pub sregs2: bool,
     /// Most vCPUs of a machine.
@@ -115,6 +116,7 @@ impl Features {
             tsc_scaling: kvm.check_extension(Cap::TscControl),
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             clock_control: kvm.check_extension(Cap::KvmclockCtrl),
+            xcrs: kvm.check_extension(Cap::Xcrs),
             sregs2: kvm.check_extension_raw(u64::from(KVM_CAP_SREGS2)) > 0,
             max_vcpus: kvm.get_max_vcpus() as u32,
         }
