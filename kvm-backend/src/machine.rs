@@ -57,8 +57,7 @@ impl Machine {
         let knowledge = Knowledge {
             msrs: MsrList::probe(&fds[0], host.msr_indices())?,
             xsave: XsaveSize::from_capability(vm.fd.check_extension_int(Cap::Xsave2)),
-            sregs2: features.sregs2,
-            clock_control: features.clock_control,
+            features,
         };
         let vcpus = fds.into_iter().zip(0..).map(|(fd, index)| Vcpu::new(index, fd)).collect::<Result<_, _>>()?;
         let crew = Arc::new(Crew::new(vcpus, Arc::clone(&vm)));
@@ -230,5 +229,28 @@ impl IrqLine {
     pub fn pulse(&self) -> Result<(), KvmError> {
         self.set(true)?;
         self.set(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use pageferry::memory::{Backing, Layout, MappedMemory, Region};
+
+    #[test]
+    fn bits_that_the_sources_kvm_added_count_as_well() {
+        let host = match Host::open() {
+            Ok(host) => host,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let layout = Layout::new(vec![Region::ram("ram", 0, 1 << 20)]).unwrap();
+        let memory = Arc::new(MappedMemory::new(layout, Backing::Memfd).unwrap());
+        let source = Machine::new(&host, MachineConfig::new(&host, 1), memory.clone()).unwrap();
+        let mut config = MachineConfig::from_bytes(&source.config().to_bytes()).unwrap();
+        Machine::new(&host, config.clone(), memory.clone()).unwrap();
+        let features = config.cpuid_in_force.iter_mut().find(|entry| entry.function == 0x8000_0001).unwrap();
+        features.ecx |= 1 << 16;
+        let refusal = Machine::new(&host, config, memory).unwrap_err();
+        assert!(refusal.to_string().contains("FMA4"), "{refusal}");
     }
 }

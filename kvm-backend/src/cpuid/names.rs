@@ -47,7 +47,7 @@ pub(super) fn feature_mask(entry: &kvm_cpuid_entry2, register: Register) -> u32 
         _ => 0,
     };
     let holds_features = match (entry.function, entry.index) {
-        (1, _) | (0x8000_0001, _) => matches!(register, Ecx | Edx),
+        (1 | 0x8000_0001, _) => matches!(register, Ecx | Edx),
         (7, 0) => register != Eax,
         (7, _) => true,
         (0xd, 0) => matches!(register, Eax | Edx),

@@ -34,7 +34,7 @@ pub(crate) fn save(vm: &Vm, vcpus: &[Vcpu], knowledge: &Knowledge) -> Result<Vec
     let shared = SharedState::save(&vm.fd)?;
     let saved: Result<_, KvmError> =
         vcpus.iter().map(|vcpu| VcpuState::save(&*vcpu.paused()?, vcpu.index, knowledge)).collect();
-    FORMAT.pack(&MachineState { shared, vcpus: AtMost(saved?) }).map_err(KvmError::State)
+    Ok(FORMAT.pack(&MachineState { shared, vcpus: AtMost(saved?) }))
 }
 
 /// Writes a state into a machine whose vCPUs have never run.

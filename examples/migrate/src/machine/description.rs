@@ -72,7 +72,7 @@ impl Description {
         Ok(Self {
             ram_bytes: memory.layout().regions().iter().map(|region| region.len).sum(),
             kind: pc.kind,
-            machine: pc.machine.config().to_bytes()?,
+            machine: pc.machine.config().to_bytes(),
         })
     }
 
