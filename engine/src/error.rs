@@ -162,6 +162,8 @@ pub enum Failed {
     /// and its state kept; it must run on one side only.
     #[error("it is undecided which side owns the guest: {error}")]
     Undecided {
+        /// The migration: what [`crate::Source::settle`] and [`crate::Destination::settle`] ask about.
+        session: crate::wire::SessionId,
         /// What broke.
         error: Error,
         /// How far it got.

@@ -57,3 +57,16 @@ pub const MAX_ROUNDS: u32 = 10_000;
 
 /// How often an idle side says that it is alive.
 pub const HEARTBEAT: Duration = Duration::from_millis(500);
+
+/// Time between two attempts to ask who owns the guest.
+pub const SETTLE_RETRY: Duration = Duration::from_millis(500);
+
+/// A peer that is alive may go this many times its silence limit without visible progress: the VMM
+/// makes room, loads state, or a very slow link is busy with one frame.
+pub const WORK_FACTOR: u32 = 6;
+
+/// How long after a data lane's end the control lane may still tell the reason.
+pub const REASON_GRACE: Duration = Duration::from_millis(250);
+
+/// How long the last message of a migration may take to leave before the lanes are closed.
+pub const FAREWELL: Duration = Duration::from_millis(500);

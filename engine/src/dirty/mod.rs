@@ -3,9 +3,11 @@
 
 mod accumulator;
 mod bitmap;
+mod write_log;
 
 pub use accumulator::Accumulator;
 pub use bitmap::PageBitmap;
+pub use write_log::WriteLog;
 
 use std::ops::Range;
 

@@ -4,11 +4,13 @@
 mod layout;
 mod mapped;
 mod raw;
+mod reader;
 
 pub use layout::{Layout, LayoutError, Region, RegionId, Transfer};
 pub use mapped::{Backing, MappedMemory};
-pub(crate) use raw::{copy_from_guest, copy_from_guest_unless_zero, copy_to_guest};
+use raw::{copy_from_guest, copy_from_guest_unless_zero, copy_to_guest};
 pub use raw::{is_zero, is_zero_portable};
+pub(crate) use reader::PageReader;
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -112,6 +114,10 @@ fn checked_window<M: GuestMemory + ?Sized>(
     let Some(described) = memory.layout().region(region) else {
         return Err(out_of_bounds);
     };
+    if len == 0 && offset <= described.len {
+        // An empty region has no window, and no bytes need one.
+        return Ok(NonNull::dangling().as_ptr());
+    }
     let window = memory.window(region).ok_or(MemoryError::Unsupported("access without a window"))?;
     let limit = described.len.min(window.len as u64);
     match offset.checked_add(len as u64) {

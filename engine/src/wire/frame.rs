@@ -51,14 +51,12 @@ pub enum Kind {
     Abort = 15,
     /// The sender is alive.
     Heartbeat = 16,
-    /// After a broken link around Commit: whose is the guest?
-    Settle = 17,
-    /// The answer.
-    Settled = 18,
+    /// Whose the guest is: the answer to a greeting that asks.
+    Settled = 17,
 }
 
 impl Kind {
-    const ALL: [Self; 18] = [
+    pub(super) const ALL: [Self; 17] = [
         Self::Greeting,
         Self::Welcome,
         Self::Refuse,
@@ -75,7 +73,6 @@ impl Kind {
         Self::Done,
         Self::Abort,
         Self::Heartbeat,
-        Self::Settle,
         Self::Settled,
     ];
 

@@ -160,8 +160,6 @@ pub enum Message {
         /// Bytes received from data lanes so far: shows a destination that has stopped taking them.
         received: u64,
     },
-    /// Whose is the guest?
-    Settle,
     /// See [`Owner`].
     Settled(Owner),
 }
@@ -233,7 +231,6 @@ impl Message {
                 out.u64(*received);
                 Kind::Heartbeat
             }
-            Self::Settle => Kind::Settle,
             Self::Settled(owner) => {
                 out.u8(match owner {
                     Owner::Source => 0,
@@ -272,7 +269,6 @@ impl Message {
             Kind::Done => Self::Done,
             Kind::Abort => Self::Abort { reason: body.text("reason", MAX_TEXT)? },
             Kind::Heartbeat => Self::Heartbeat { received: body.u64("received bytes")? },
-            Kind::Settle => Self::Settle,
             Kind::Settled => Self::Settled(match body.u8("owner")? {
                 0 => Owner::Source,
                 1 => Owner::Destination,
@@ -461,7 +457,6 @@ mod tests {
             Message::Done,
             Message::Abort { reason: "operator".into() },
             Message::Heartbeat { received: 1 << 40 },
-            Message::Settle,
             Message::Settled(Owner::Destination),
         ]
     }

@@ -15,7 +15,7 @@ use linux_loader::loader::KernelLoader;
 use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
-use crate::guest;
+use crate::payload;
 use crate::workload::line::Line;
 use crate::workload::page::PAGE_BYTES;
 use crate::workload::params::Params;
@@ -169,7 +169,7 @@ fn vcpu(kvm: &Kvm, vm: &VmFd, id: u32) -> VcpuFd {
 
 /// Loads the program and its start info; returns the entry point and the end of the program.
 fn load(memory: &GuestMemoryMmap, params: &Params) -> (u64, u64) {
-    let loaded = Elf::load(memory, None, &mut std::io::Cursor::new(guest::IMAGE), None).unwrap();
+    let loaded = Elf::load(memory, None, &mut std::io::Cursor::new(payload::IMAGE), None).unwrap();
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else { panic!("the guest has no PVH entry") };
     let mut line = params.to_string().into_bytes();
     line.push(0);

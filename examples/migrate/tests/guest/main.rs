@@ -3,9 +3,9 @@
 //!
 //! The small machine in `machine.rs` stands in for `migrate`'s own, so that a failure here is the guest's.
 
-#[path = "../../src/guest.rs"]
-mod guest;
 mod machine;
+#[path = "../../src/payload.rs"]
+mod payload;
 #[allow(dead_code)]
 #[path = "../../src/workload/mod.rs"]
 mod workload;

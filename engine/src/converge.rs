@@ -1,0 +1,167 @@
+//! When to stop: the policy that hears each round's facts and answers one question.
+
+use std::time::Duration;
+
+use crate::stats::RoundReport;
+
+/// What a policy is told beside the round itself.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct Situation {
+    /// Longest acceptable downtime, as it stands now.
+    pub downtime_limit: Duration,
+    /// Downtime if the switch-over came now, machine state included.
+    pub predicted_downtime: Duration,
+    /// Throttle in force, in per cent.
+    pub throttle: u8,
+    /// Most throttle allowed; 0 when the user or the VMM allows none.
+    pub max_throttle: u8,
+}
+
+/// What to do after a round.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[non_exhaustive]
+pub enum Decision {
+    /// Send what has become dirty, the guest running.
+    AnotherRound,
+    /// The same, with the vCPUs slowed down by this many per cent.
+    Throttle(u8),
+    /// Stop the guest and send the rest.
+    SwitchOver,
+}
+
+/// Decides after every round; touches nothing.
+pub trait Convergence: Send {
+    /// A round has ended and been acknowledged, and the dirty pages were counted.
+    fn decide(&mut self, round: &RoundReport, situation: &Situation) -> Decision;
+}
+
+/// The default policy: switch over when the predicted downtime fits the limit and another round
+/// would not make it much shorter; slow the guest down when rounds stop shrinking.
+#[derive(Debug, Default)]
+pub struct Adaptive {
+    previous_dirty: Option<u64>,
+    fitting_rounds: u32,
+    stuck_rounds: u32,
+}
+
+/// A downtime below this is not worth another round to shorten: 5 ms of it are the forecast's fixed part.
+const GOOD_ENOUGH: Duration = Duration::from_millis(6);
+
+/// Rounds spent on shortening a downtime that fits already.
+const MAX_POLISHING_ROUNDS: u32 = 4;
+
+/// A round that leaves more than this share of the previous one's dirty pages has not paid.
+const SHRINKING: f64 = 0.8;
+
+/// First throttle and later steps, in per cent, where the dirty rate does not ask for more. The
+/// start is QEMU's `cpu-throttle-initial`, the step its `cpu-throttle-increment`.
+const THROTTLE_START: u8 = 20;
+const THROTTLE_STEP: u8 = 10;
+
+impl Convergence for Adaptive {
+    fn decide(&mut self, round: &RoundReport, situation: &Situation) -> Decision {
+        let previous = self.previous_dirty.replace(round.dirty_pages);
+        if situation.predicted_downtime <= situation.downtime_limit {
+            self.fitting_rounds += 1;
+            return self.polish(round, situation);
+        }
+        self.fitting_rounds = 0;
+        let shrinks = previous.is_none_or(|before| (round.dirty_pages as f64) < before as f64 * SHRINKING);
+        self.stuck_rounds = if shrinks { 0 } else { self.stuck_rounds + 1 };
+        if self.stuck_rounds > 0 && situation.throttle < situation.max_throttle {
+            return Decision::Throttle(next_throttle(round, situation));
+        }
+        Decision::AnotherRound
+    }
+}
+
+impl Adaptive {
+    /// The downtime fits: is another round worth it?
+    fn polish(&self, round: &RoundReport, situation: &Situation) -> Decision {
+        let halves = round.dirty_pages * 2 < round.pages;
+        let pays = halves && situation.predicted_downtime > GOOD_ENOUGH && self.fitting_rounds <= MAX_POLISHING_ROUNDS;
+        if pays { Decision::AnotherRound } else { Decision::SwitchOver }
+    }
+}
+
+/// The throttle that would make the next round half as long, or one step more if that is higher.
+///
+/// A guest that dirties `d` bytes a second over a link that carries `r` shrinks its rounds by
+/// `d / r`; taking the share `1 - r / 2d` of its time away makes that one half. Half of the way
+/// there is gone at once, since dirty rates are guesses.
+fn next_throttle(round: &RoundReport, situation: &Situation) -> u8 {
+    let step = if situation.throttle == 0 { THROTTLE_START } else { situation.throttle.saturating_add(THROTTLE_STEP) };
+    let carried = round.wire_rate * round.bytes as f64 / (round.wire_bytes.max(1)) as f64;
+    let running = 1.0 - f64::from(situation.throttle) / 100.0;
+    let needed = if round.dirty_rate > 0.0 { 1.0 - running * carried / (2.0 * round.dirty_rate) } else { 0.0 };
+    let half_way = f64::midpoint(f64::from(situation.throttle), needed * 100.0);
+    let wanted = step.max(half_way.clamp(0.0, 99.0) as u8);
+    wanted.min(situation.max_throttle)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn situation(predicted_ms: u64, throttle: u8) -> Situation {
+        Situation {
+            downtime_limit: Duration::from_millis(300),
+            predicted_downtime: Duration::from_millis(predicted_ms),
+            throttle,
+            max_throttle: 99,
+        }
+    }
+
+    fn round(pages: u64, dirty_pages: u64) -> RoundReport {
+        let bytes = pages * 4096;
+        RoundReport {
+            pages,
+            dirty_pages,
+            bytes,
+            wire_bytes: bytes,
+            wire_rate: 1e8,
+            dirty_rate: 2e8,
+            ..Default::default()
+        }
+    }
+
+    #[test]
+    fn an_idle_guest_switches_over_after_the_first_round() {
+        assert_eq!(Adaptive::default().decide(&round(100_000, 10), &situation(4, 0)), Decision::SwitchOver);
+    }
+
+    #[test]
+    fn a_fitting_downtime_is_polished_while_rounds_still_halve_and_not_for_ever() {
+        let mut policy = Adaptive::default();
+        assert_eq!(policy.decide(&round(100_000, 8000), &situation(280, 0)), Decision::AnotherRound);
+        assert_eq!(policy.decide(&round(8000, 7000), &situation(250, 0)), Decision::SwitchOver);
+        let mut policy = Adaptive::default();
+        let decisions: Vec<_> = (0..9).map(|_| policy.decide(&round(1000, 400), &situation(200, 0))).collect();
+        assert_eq!(decisions.iter().filter(|&&d| d == Decision::AnotherRound).count(), 4);
+    }
+
+    #[test]
+    fn rounds_that_stop_shrinking_throttle_harder_and_harder_up_to_the_maximum() {
+        let mut policy = Adaptive::default();
+        let mut throttle = 0;
+        assert_eq!(policy.decide(&round(50_000, 50_000), &situation(9000, 0)), Decision::AnotherRound);
+        for _ in 0..20 {
+            if let Decision::Throttle(next) = policy.decide(&round(50_000, 50_000), &situation(9000, throttle)) {
+                assert!(next > throttle);
+                throttle = next;
+            }
+        }
+        assert_eq!(throttle, 99);
+        assert_eq!(policy.decide(&round(50_000, 50_000), &situation(9000, 99)), Decision::AnotherRound);
+    }
+
+    #[test]
+    fn without_leave_to_throttle_rounds_go_on() {
+        let mut policy = Adaptive::default();
+        for _ in 0..5 {
+            let situation = Situation { max_throttle: 0, ..situation(9000, 0) };
+            assert_eq!(policy.decide(&round(50_000, 50_000), &situation), Decision::AnotherRound);
+        }
+    }
+}

@@ -1,0 +1,54 @@
+//! Reading guest memory page by page, at memory speed where it is mapped.
+
+use std::sync::Arc;
+
+use super::{GuestMemory, Layout, MemoryError, RegionId, copy_from_guest_unless_zero, is_zero, page_offset};
+use crate::units::{PAGE_SIZE, PageNumber, PageRun};
+
+/// Fills a buffer with a page, each byte read once; says whether all were zeros (the buffer is then
+/// undefined).
+pub(crate) type ReadPage<'a> = &'a mut dyn FnMut(&mut [u8; PAGE_SIZE]) -> Result<bool, MemoryError>;
+
+/// Reads pages of guest memory, where it is mapped without a call into the VMM.
+pub(crate) struct PageReader {
+    memory: Arc<dyn GuestMemory>,
+    layout: Layout,
+}
+
+impl PageReader {
+    pub(crate) fn new(memory: Arc<dyn GuestMemory>) -> Self {
+        let layout = memory.layout().clone();
+        Self { memory, layout }
+    }
+
+    /// Calls `visit` with a reader for every page of a run.
+    pub(crate) fn read_run(
+        &self,
+        run: PageRun,
+        mut visit: impl FnMut(PageNumber, ReadPage<'_>) -> Result<(), MemoryError>,
+    ) -> Result<(), MemoryError> {
+        let outside = MemoryError::OutOfBounds { region: RegionId(u32::MAX), offset: run.first.0, len: run.count };
+        let (region, first) = self.layout.locate_run(run).ok_or(outside)?;
+        let window = self.memory.window(region).filter(|window| {
+            let needed = page_offset(first + run.count);
+            (window.start.as_ptr() as usize).is_multiple_of(PAGE_SIZE) && window.len as u64 >= needed
+        });
+        for (index, page) in (first..).zip(run.pages()) {
+            let mut read = |into: &mut [u8; PAGE_SIZE]| {
+                if let Some(window) = window {
+                    // SAFETY: the page lies inside the window (checked above), which `GuestMemory`
+                    // keeps mapped; windows are page-aligned here; `into` is a private page.
+                    Ok(unsafe {
+                        let source = window.start.as_ptr().add(page_offset(index) as usize);
+                        copy_from_guest_unless_zero(source, into)
+                    })
+                } else {
+                    self.memory.read(region, page_offset(index), into)?;
+                    Ok(is_zero(into))
+                }
+            };
+            visit(page, &mut read)?;
+        }
+        Ok(())
+    }
+}

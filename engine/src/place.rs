@@ -1,0 +1,221 @@
+//! Decoding and placing: checks a received `Pages` frame whole, then writes its pages into the
+//! destination's memory and keeps the digest of what lies there.
+
+use std::sync::Arc;
+
+use crate::digest::{HashTable, PageHash, PageHasher};
+use crate::encode::{Tally, checksum};
+use crate::memory::{GuestMemory, Layout, MemoryError, RegionId, page_offset};
+use crate::units::{PAGE_SIZE, PageNumber, PageRun};
+use crate::wire::pages::{self, Coding, Record};
+use crate::wire::{FrameBuffer, WireError};
+
+const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
+
+/// Why a batch could not be placed.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum PlaceError {
+    /// The frame is not valid.
+    #[error(transparent)]
+    Wire(#[from] WireError),
+    /// The destination's memory could not be written.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+}
+
+/// Places batches; each lane has one of its own, all share the hash table.
+pub struct Placer {
+    memory: Arc<dyn GuestMemory>,
+    layout: Layout,
+    hasher: PageHasher,
+    table: Arc<HashTable>,
+    records: Vec<Record>,
+    hashes: Vec<PageHash>,
+}
+
+impl std::fmt::Debug for Placer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Placer").finish_non_exhaustive()
+    }
+}
+
+impl Placer {
+    /// A placer into a guest's memory, which must read as zeros where nothing was placed yet.
+    pub fn new(memory: Arc<dyn GuestMemory>, hasher: PageHasher, table: Arc<HashTable>) -> Self {
+        let layout = memory.layout().clone();
+        Self { memory, layout, hasher, table, records: Vec::new(), hashes: Vec::new() }
+    }
+
+    /// Checks a frame of kind `Pages` and places its pages. Nothing is written unless all of the
+    /// frame is valid.
+    pub fn place(&mut self, frame: &FrameBuffer) -> Result<Tally, PlaceError> {
+        let header = frame.header()?;
+        let (head, literals) = pages::decode(frame.body(), &self.layout, &mut self.records)?;
+        self.hashes.clear();
+        self.hashes.extend(literals.chunks_exact(PAGE_SIZE).map(|page| self.hasher.hash(page)));
+        header.verify(checksum(&header, head, &self.hashes))?;
+        let mut tally = Tally { wire_bytes: frame.bytes().len() as u64, ..Tally::default() };
+        let (mut literals, mut hashes) = (literals, self.hashes.iter());
+        for record in &self.records {
+            let outside = WireError::Pages { first: record.run.first.0, count: record.run.count };
+            let (region, first) = self.layout.locate_run(record.run).ok_or(outside)?;
+            match record.coding {
+                Coding::Zero => self.place_zeros(region, first, record.run, &mut tally)?,
+                Coding::Literal => {
+                    let bytes;
+                    (bytes, literals) = literals.split_at(record.run.count as usize * PAGE_SIZE);
+                    for (page, hash) in record.run.pages().zip(&mut hashes) {
+                        self.note(page, *hash, &mut tally);
+                    }
+                    self.memory.write(region, page_offset(first), bytes)?;
+                }
+            }
+        }
+        Ok(tally)
+    }
+
+    fn place_zeros(&self, region: RegionId, first: u64, run: PageRun, tally: &mut Tally) -> Result<(), MemoryError> {
+        tally.zero_pages += run.count;
+        for (index, page) in (first..).zip(run.pages()) {
+            // A page with the zero hash was never written here: it reads as zeros already.
+            if self.note(page, PageHash::ZERO, tally) != PageHash::ZERO {
+                self.memory.write(region, page_offset(index), &ZERO_PAGE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts a page in; returns its hash before.
+    fn note(&self, page: PageNumber, new: PageHash, tally: &mut Tally) -> PageHash {
+        let old = self.table.swap(page, new);
+        tally.pages += 1;
+        tally.digest.replace(page, old, new);
+        old
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::batch::{Batch, Planner};
+    use crate::digest::{Digest, DigestKey};
+    use crate::dirty::{Accumulator, DirtySink};
+    use crate::encode::{EncodedBatch, Encoder, digest_runs, populated_runs};
+    use crate::memory::{Backing, MappedMemory, PageReader, Region};
+
+    struct Side {
+        memory: Arc<MappedMemory>,
+        table: Arc<HashTable>,
+    }
+
+    fn side() -> Side {
+        let regions = vec![Region::ram("low", 0, 100 * 4096), Region::ram("high", 1 << 32, 300 * 4096)];
+        let layout = Layout::new(regions).unwrap();
+        let table = Arc::new(HashTable::new(layout.page_space()));
+        // A memfd: the kernel may give an anonymous mapping a neighbour's huge page, which looks touched.
+        Side { memory: Arc::new(MappedMemory::new(layout, Backing::Memfd).unwrap()), table }
+    }
+
+    fn hasher() -> PageHasher {
+        PageHasher::new(&DigestKey([1; 32]))
+    }
+
+    fn batches(side: &Side, pages: &[(u32, std::ops::Range<u64>)]) -> Vec<Batch> {
+        let mut dirty = Accumulator::new(side.memory.layout().clone());
+        for (region, range) in pages {
+            dirty.mark_range(RegionId(*region), range.clone());
+        }
+        let mut planner = Planner::new(0);
+        std::iter::from_fn(|| planner.next_batch(&mut dirty, &mut |_, _, _| Ok(())).unwrap()).collect()
+    }
+
+    fn frame_of(encoded: &mut EncodedBatch) -> FrameBuffer {
+        let bytes: Vec<u8> = encoded.seal(0).iter().flat_map(|part| part.to_vec()).collect();
+        let mut frame = FrameBuffer::new();
+        frame.fill(&bytes).unwrap();
+        frame
+    }
+
+    fn send(source: &Side, destination: &Side, batches: &[Batch]) -> (Digest, Digest) {
+        let mut encoder = Encoder::new(source.memory.clone(), hasher(), source.table.clone());
+        let mut placer = Placer::new(destination.memory.clone(), hasher(), destination.table.clone());
+        let mut encoded = EncodedBatch::default();
+        let (mut sent, mut placed) = (Tally::default(), Tally::default());
+        for batch in batches {
+            encoder.encode(batch, &mut encoded).unwrap();
+            sent.add(encoded.tally());
+            placed.add(&placer.place(&frame_of(&mut encoded)).unwrap());
+        }
+        assert_eq!(sent, placed);
+        (sent.digest, placed.digest)
+    }
+
+    fn full_digest(side: &Side) -> Digest {
+        let runs = populated_runs(&*side.memory, 64);
+        digest_runs(&PageReader::new(side.memory.clone()), &hasher(), &runs).unwrap()
+    }
+
+    #[test]
+    fn pages_arrive_identical_and_the_incremental_digest_equals_the_full_one() {
+        let (source, destination) = (side(), side());
+        for page in (0..300).step_by(3) {
+            source.memory.write(RegionId(1), page * 4096 + page, &[page as u8 | 1; 77]).unwrap();
+        }
+        let all = [(0, 0..100), (1, 0..300)];
+        let (first, _) = send(&source, &destination, &batches(&source, &all));
+        assert_eq!(first, full_digest(&source));
+        assert_eq!(first, full_digest(&destination));
+        // One page becomes zero again, one changes, one appears.
+        source.memory.write(RegionId(1), 3 * 4096, &ZERO_PAGE).unwrap();
+        source.memory.write(RegionId(1), 6 * 4096, b"changed").unwrap();
+        source.memory.write(RegionId(0), 5, b"new").unwrap();
+        let (second, _) = send(&source, &destination, &batches(&source, &[(1, 3..7), (0, 0..1)]));
+        assert_eq!(first.plus(second), full_digest(&source));
+        assert_eq!(full_digest(&source), full_digest(&destination));
+    }
+
+    #[test]
+    fn zero_pages_touch_nothing_at_a_fresh_destination() {
+        let (source, destination) = (side(), side());
+        source.memory.write(RegionId(0), 0, &vec![0; 100 * 4096]).unwrap();
+        send(&source, &destination, &batches(&source, &[(0, 0..100)]));
+        assert_eq!(destination.memory.populated(RegionId(0)), Some(vec![]));
+    }
+
+    #[test]
+    fn a_damaged_frame_places_nothing() {
+        let (source, destination) = (side(), side());
+        source.memory.write(RegionId(0), 0, &[7; 3 * 4096]).unwrap();
+        let mut encoder = Encoder::new(source.memory.clone(), hasher(), source.table.clone());
+        let mut encoded = EncodedBatch::default();
+        encoder.encode(&batches(&source, &[(0, 0..5)])[0], &mut encoded).unwrap();
+        let whole = frame_of(&mut encoded).bytes().to_vec();
+        let mut placer = Placer::new(destination.memory.clone(), hasher(), destination.table.clone());
+        for at in (0..whole.len()).step_by(if whole.len() > 5000 { 97 } else { 1 }).chain(0..80) {
+            let mut damaged = whole.clone();
+            damaged[at] ^= 0x10;
+            let mut frame = FrameBuffer::new();
+            if frame.fill(&damaged).is_ok() {
+                assert!(placer.place(&frame).is_err(), "byte {at}");
+            }
+        }
+        assert_eq!(destination.memory.populated(RegionId(0)), Some(vec![]));
+    }
+
+    #[test]
+    fn records_outside_memory_over_the_limit_or_descending_are_refused() {
+        let destination = side();
+        let bodies: [&[u8]; 5] = [
+            &[2, 0, 0, 0, 99, 2 << 2],            // 2 pages from page 99: leaves region "low"
+            &[2, 0, 0, 0, 110, 1 << 2],           // between the regions
+            &[3, 0, 0, 0, 0, 0x84, 4],            // 129 pages
+            &[2, 0, 0, 0, 0, 1 << 2 | 3],         // unknown coding
+            &[0xFF, 0xFF, 0xFF, 0xFF, 0, 1 << 2], // records longer than the body
+        ];
+        for body in bodies {
+            let mut records = Vec::new();
+            assert!(pages::decode(body, destination.memory.layout(), &mut records).is_err(), "{body:?}");
+        }
+    }
+}

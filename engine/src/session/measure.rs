@@ -1,0 +1,152 @@
+//! What the source session measures: rounds, the link, and the parts of the downtime.
+
+use std::time::Duration;
+
+use crate::encode::Tally;
+use crate::stats::{Downtime, RoundReport};
+use crate::units::PAGE_SIZE;
+use crate::wire::Prepared;
+
+/// A round carries enough to say something about the link if it moves at least this much.
+const TELLING_BYTES: u64 = 1 << 20;
+
+/// Parts of the downtime that no round shows: pausing, saving, two messages each way.
+const HANDOVER_OVERHEAD: Duration = Duration::from_millis(5);
+
+/// The link and the guest, as far as the rounds have shown them.
+#[derive(Debug, Default)]
+pub(super) struct Forecast {
+    /// Wire bytes per second of the last telling round.
+    wire_rate: f64,
+    /// Wire bytes per page with content.
+    bytes_per_page: f64,
+}
+
+impl Forecast {
+    /// Learns from a round.
+    pub(super) fn learn(&mut self, tally: &Tally, duration: Duration) {
+        let rate = tally.wire_bytes as f64 / duration.as_secs_f64().max(1e-6);
+        if tally.wire_bytes >= TELLING_BYTES || rate > self.wire_rate {
+            self.wire_rate = rate;
+        }
+        let with_content = tally.pages - tally.zero_pages;
+        if with_content > 0 {
+            self.bytes_per_page = tally.wire_bytes as f64 / with_content as f64;
+        }
+    }
+
+    /// Downtime if the switch-over came now.
+    pub(super) fn downtime(&self, dirty_pages: u64, state_bytes: u64) -> Duration {
+        let per_page = if self.bytes_per_page > 0.0 { self.bytes_per_page } else { PAGE_SIZE as f64 };
+        let bytes = dirty_pages as f64 * per_page + state_bytes as f64;
+        HANDOVER_OVERHEAD + self.time_for(bytes)
+    }
+
+    fn time_for(&self, bytes: f64) -> Duration {
+        if self.wire_rate <= 0.0 {
+            return if bytes > 0.0 { Duration::from_secs(3600) } else { Duration::ZERO };
+        }
+        Duration::from_secs_f64((bytes / self.wire_rate).min(1e9))
+    }
+}
+
+/// A round under way.
+#[derive(Debug, Clone)]
+pub(super) struct OpenRound {
+    pub(super) number: u32,
+    pub(super) started: Duration,
+    pub(super) stopped: bool,
+    pub(super) throttle: u8,
+    pub(super) tally: Tally,
+}
+
+impl OpenRound {
+    /// The report of the round, once it has ended and dirty pages were counted.
+    pub(super) fn report(&self, now: Duration, dirty_pages: u64) -> RoundReport {
+        let duration = now.saturating_sub(self.started);
+        let seconds = duration.as_secs_f64().max(1e-6);
+        let page = PAGE_SIZE as u64;
+        RoundReport {
+            round: self.number,
+            stopped: self.stopped,
+            pages: self.tally.pages,
+            zero_pages: self.tally.zero_pages,
+            bytes: self.tally.pages * page,
+            wire_bytes: self.tally.wire_bytes,
+            duration,
+            wire_rate: self.tally.wire_bytes as f64 / seconds,
+            dirty_pages,
+            dirty_rate: if self.stopped { 0.0 } else { (dirty_pages * page) as f64 / seconds },
+            predicted_downtime: None,
+            throttle: self.throttle,
+        }
+    }
+}
+
+/// Moments of the standstill, from which its parts are computed so that they add up.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Standstill {
+    pub(super) ordered: Duration,
+    pub(super) paused: Duration,
+    pub(super) harvest: Duration,
+    pub(super) save: Duration,
+    pub(super) prepared: Duration,
+    pub(super) committed: Duration,
+}
+
+impl Standstill {
+    /// The parts, when the answer to Commit came at `running`.
+    pub(super) fn parts(&self, prepared: &Prepared, running: Duration, resume_us: u64) -> Downtime {
+        let until_prepared = self.prepared.saturating_sub(self.paused);
+        let harvest = self.harvest.min(until_prepared);
+        let left = until_prepared.checked_sub(harvest).unwrap();
+        let state = (self.save + Duration::from_micros(prepared.load_us)).min(left);
+        let left = left.checked_sub(state).unwrap();
+        let digest = Duration::from_micros(prepared.verify_us).min(left);
+        let until_running = running.saturating_sub(self.committed);
+        let resume = Duration::from_micros(resume_us).min(until_running);
+        Downtime {
+            pause: self.paused.saturating_sub(self.ordered),
+            harvest,
+            pages: left.checked_sub(digest).unwrap(),
+            state,
+            // Between Prepared and Commit the source compares digests and releases its locks.
+            digest: digest + self.committed.saturating_sub(self.prepared),
+            commit: until_running.checked_sub(resume).unwrap(),
+            resume,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parts_of_the_downtime_add_up_even_when_the_peer_exaggerates() {
+        let ms = Duration::from_millis;
+        let standstill = Standstill {
+            ordered: ms(100),
+            paused: ms(101),
+            harvest: ms(2),
+            save: ms(3),
+            prepared: ms(120),
+            committed: ms(121),
+        };
+        for (load_us, verify_us, resume_us) in [(1000, 500, 700), (u64::MAX / 2, 1, 0), (0, u64::MAX / 2, u64::MAX / 2)]
+        {
+            let prepared = Prepared { verify_us, load_us, ..Prepared::default() };
+            assert_eq!(standstill.parts(&prepared, ms(125), resume_us).total(), ms(25));
+        }
+    }
+
+    #[test]
+    fn small_rounds_do_not_make_the_link_look_slow() {
+        let mut forecast = Forecast::default();
+        let tally = |pages: u64| Tally { pages, wire_bytes: pages * 4100, ..Tally::default() };
+        forecast.learn(&tally(25_600), Duration::from_secs(1));
+        let before = forecast.downtime(1000, 0);
+        forecast.learn(&tally(1), Duration::from_millis(10));
+        assert_eq!(forecast.downtime(1000, 0), before);
+    }
+}

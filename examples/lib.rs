@@ -1,0 +1,1 @@
+//! Short programs that link Pageferry: see the files beside this one.

@@ -1,0 +1,240 @@
+//! The command line: `migrate demo`, `migrate receive`, `migrate send`.
+
+mod exit;
+mod guest;
+mod limits;
+pub(crate) mod units;
+
+pub(crate) use exit::ExitStatus;
+pub(crate) use guest::{Backing, GuestKind, GuestOptions};
+pub(crate) use limits::{Lane, Limits};
+
+use std::time::Duration;
+
+use clap::{Args, Parser, Subcommand};
+
+use units::{duration, size};
+
+/// Moves a running guest from one process to another, and proves that every byte arrived.
+#[derive(Parser, Debug)]
+#[command(name = "migrate", version, propagate_version = true, max_term_width = 100)]
+#[command(after_long_help = exit::HELP)]
+pub(crate) struct Cli {
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// What to do.
+#[derive(Subcommand, Debug)]
+pub(crate) enum Command {
+    /// Both ends on this machine, as two processes: starts a guest and moves it.
+    #[command(after_help = DEMO_EXAMPLES, after_long_help = examples_and_exit(DEMO_EXAMPLES))]
+    Demo(Box<DemoOptions>),
+    /// Waits for a guest and runs it once it has arrived.
+    #[command(after_help = RECEIVE_EXAMPLES, after_long_help = examples_and_exit(RECEIVE_EXAMPLES))]
+    Receive(ReceiveOptions),
+    /// Starts a guest and moves it to where `migrate receive` listens.
+    #[command(after_help = SEND_EXAMPLES, after_long_help = examples_and_exit(SEND_EXAMPLES))]
+    Send(Box<SendOptions>),
+}
+
+const DEMO_EXAMPLES: &str = "\
+Examples:
+  migrate demo                                      1 GiB, 2 vCPUs, 20 MiB/s of writes
+  migrate demo --memory 4G --rate 200M/s --writes full --lanes 4
+  migrate demo --bandwidth 1Gbit/s --verify full    as over a 1 Gbps link, every page hashed again
+  migrate demo --guest process --json               without KVM; the report as the last line";
+
+const RECEIVE_EXAMPLES: &str = "\
+Examples:
+  migrate receive --listen 0.0.0.0:7000
+  migrate receive --listen [::1]:7000 --max-memory 4G --linger 10s --json";
+
+const SEND_EXAMPLES: &str = "\
+Examples:
+  migrate send --to 192.0.2.7:7000 --memory 4G --vcpus 4
+  migrate send --to 192.0.2.7:7000 --on-key --bind 192.0.2.6 --lanes 4
+  migrate send --to [::1]:7000 --on-signal --linger 5s --json
+  migrate send --to 192.0.2.7:7000 --kernel vmlinux --initrd initramfs.cpio --memory 256M";
+
+fn examples_and_exit(examples: &str) -> String {
+    format!("{examples}\n\n{}", exit::HELP)
+}
+
+/// `migrate demo`.
+#[derive(Args, Debug)]
+pub(crate) struct DemoOptions {
+    #[command(flatten)]
+    pub(crate) guest: GuestOptions,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+    #[command(flatten)]
+    pub(crate) lane: Lane,
+    #[command(flatten)]
+    pub(crate) output: Output,
+    /// How long the guest runs before it is moved, its memory filled
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "1s", help_heading = "Moment")]
+    pub(crate) after: Duration,
+    /// How long the guest runs on after the migration before its memory is checked
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "1s", help_heading = "Moment")]
+    pub(crate) linger: Duration,
+    /// Most memory the destination gives a guest; without it, what the host has available
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Guest")]
+    pub(crate) max_memory: Option<u64>,
+}
+
+/// `migrate receive`.
+#[derive(Args, Debug)]
+pub(crate) struct ReceiveOptions {
+    /// Where to listen; port 0 takes a free one and says which
+    #[arg(long, value_name = "ADDR:PORT", value_parser = address)]
+    pub(crate) listen: String,
+    /// Network interface to listen on, such as a dedicated migration network's
+    #[arg(long, value_name = "NAME", help_heading = "Network")]
+    pub(crate) interface: Option<String>,
+    /// Most memory to give a guest; without it, what the host has available
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Guest")]
+    pub(crate) max_memory: Option<u64>,
+    /// What stands behind the guest's memory here
+    #[arg(long, value_name = "KIND", value_enum, default_value_t, help_heading = "Guest")]
+    pub(crate) backing: Backing,
+    /// Give up when no guest has come for this long
+    #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Limits")]
+    pub(crate) wait: Option<Duration>,
+    /// Give up on a peer that says nothing for this long
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10s", help_heading = "Limits")]
+    pub(crate) peer_timeout: Duration,
+    #[command(flatten)]
+    pub(crate) linger: Linger,
+    #[command(flatten)]
+    pub(crate) output: Output,
+    /// Ends when the process that started this one ends
+    #[arg(long, hide = true)]
+    pub(crate) with_parent: bool,
+}
+
+/// `migrate send`.
+#[derive(Args, Debug)]
+pub(crate) struct SendOptions {
+    /// Where the destination listens
+    #[arg(long, value_name = "HOST:PORT", value_parser = address)]
+    pub(crate) to: String,
+    #[command(flatten)]
+    pub(crate) moment: Moment,
+    #[command(flatten)]
+    pub(crate) guest: GuestOptions,
+    #[command(flatten)]
+    pub(crate) limits: Limits,
+    #[command(flatten)]
+    pub(crate) lane: Lane,
+    #[command(flatten)]
+    pub(crate) linger: Linger,
+    #[command(flatten)]
+    pub(crate) output: Output,
+}
+
+/// When to migrate.
+#[derive(Args, Clone, Copy, Debug)]
+#[group(multiple = false)]
+pub(crate) struct Moment {
+    /// Migrate when the guest has run for this long, its memory filled
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "1s", help_heading = "Moment")]
+    pub(crate) after: Duration,
+    /// Migrate when Enter is pressed
+    #[arg(long, help_heading = "Moment")]
+    pub(crate) on_key: bool,
+    /// Migrate on SIGUSR1
+    #[arg(long, help_heading = "Moment")]
+    pub(crate) on_signal: bool,
+}
+
+/// How long a guest that is on this side in the end runs on.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Linger {
+    /// How long the guest runs on here when it is on this side after the migration; its memory is
+    /// checked and reported at the end. `forever`: checked and reported after a second, then until Ctrl-C
+    #[arg(long, value_name = "TIME|forever", value_parser = linger, default_value = "forever", help_heading = "Moment")]
+    pub(crate) linger: LingerTime,
+}
+
+/// A time, or without end.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum LingerTime {
+    For(Duration),
+    Forever,
+}
+
+fn linger(text: &str) -> Result<LingerTime, units::UnitError> {
+    if text == "forever" { Ok(LingerTime::Forever) } else { duration(text).map(LingerTime::For) }
+}
+
+/// Checks the form only: whether a name can be resolved is the transport's question.
+fn address(text: &str) -> Result<String, AddressError> {
+    let wrong = || AddressError(text.to_owned());
+    let (host, port) = text.rsplit_once(':').ok_or_else(wrong)?;
+    port.parse::<u16>().map_err(|_| wrong())?;
+    let bare_ipv6 = host.contains(':') && !(host.starts_with('[') && host.ends_with(']'));
+    if host.is_empty() || bare_ipv6 { Err(wrong()) } else { Ok(text.to_owned()) }
+}
+
+/// Text that cannot be an address.
+#[derive(Debug, thiserror::Error)]
+#[error("{0:?} is not of the form 192.0.2.7:7000, [2001:db8::7]:7000 or host:7000")]
+struct AddressError(String);
+
+/// What is printed.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct Output {
+    /// Progress as JSON lines on standard output, the final report as the last of them
+    #[arg(long, help_heading = "Output")]
+    pub(crate) json: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::workload::params::Rate;
+
+    fn parse(line: &str) -> Result<Command, clap::Error> {
+        Cli::try_parse_from(line.split_whitespace()).map(|cli| cli.command)
+    }
+
+    #[test]
+    fn the_definition_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn demo_needs_no_option() {
+        let Ok(Command::Demo(demo)) = parse("migrate demo") else { panic!("not a demo") };
+        assert_eq!((demo.guest.memory, demo.guest.vcpus), (1 << 30, 2));
+        assert_eq!(demo.guest.rate, Rate::BytesPerSecond(20 << 20));
+    }
+
+    #[test]
+    fn the_moment_is_a_delay_a_key_or_a_signal() {
+        let Ok(Command::Send(send)) = parse("migrate send --to 127.0.0.1:1 --on-key") else { panic!("not a send") };
+        assert!(send.moment.on_key);
+        assert!(parse("migrate send --to 127.0.0.1:1 --on-key --on-signal").is_err());
+        assert!(parse("migrate send --to 127.0.0.1:1 --on-key --after 1s").is_err());
+    }
+
+    #[test]
+    fn addresses_have_a_host_and_a_port() {
+        for good in ["127.0.0.1:7000", "[::1]:7000", "host.example:1"] {
+            assert!(address(good).is_ok(), "{good}");
+        }
+        for bad in ["7000", ":7000", "127.0.0.1", "::1:7000", "host:99999", "host:"] {
+            assert!(address(bad).is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn a_bad_value_is_named_with_its_option() {
+        let error = parse("migrate demo --bandwidth fast").unwrap_err().to_string();
+        assert!(error.contains("--bandwidth") && error.contains("100Mbit/s"), "{error}");
+        let error = parse("migrate demo --mix zero=50,text=10").unwrap_err().to_string();
+        assert!(error.contains("--mix") && error.contains("60"), "{error}");
+    }
+}

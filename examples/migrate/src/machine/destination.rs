@@ -1,0 +1,107 @@
+//! A place for a guest to arrive at.
+
+use std::io;
+use std::sync::Arc;
+
+use pageferry::memory::{GuestMemory, Layout};
+use pageferry::vm::{DestinationVm, VmResult};
+use pageferry_kvm::{DirtyLogMode, Host, MachineConfig};
+
+use super::boot::{BootError, MAX_VCPUS};
+use super::description::{Description, GuestBacking, State};
+use super::error::MachineError;
+use super::handle::GuestHandle;
+use super::pc::{ConsoleEnds, Kind, Pc, map_memory};
+use super::source::LiveGuest;
+use super::{ram, room};
+
+/// What the operator of a destination decides.
+#[derive(Debug, Default)]
+pub(crate) struct ArrivalConfig {
+    /// Most guest memory to make room for; `None` for what the host has.
+    pub(crate) max_memory: Option<u64>,
+    /// What the guest's memory is made of here; `None` for the same as at the source.
+    pub(crate) backing: Option<GuestBacking>,
+    /// Touch all memory before the first page comes.
+    pub(crate) prefault: bool,
+    /// Where the guest's console leads from here on.
+    pub(crate) console: ConsoleEnds,
+    /// How writes are tracked, should the guest migrate on.
+    pub(crate) dirty_log: DirtyLogMode,
+}
+
+/// A place for one guest.
+#[derive(Debug)]
+pub(crate) struct ArrivingGuest {
+    config: ArrivalConfig,
+    pc: Option<Pc>,
+}
+
+impl ArrivingGuest {
+    /// An empty place.
+    pub(crate) fn new(config: ArrivalConfig) -> Self {
+        Self { config, pc: None }
+    }
+
+    /// Shows the guest, once there is one.
+    pub(crate) fn handle(&self) -> Option<GuestHandle> {
+        self.pc.as_ref().map(Pc::handle)
+    }
+
+    /// The guest that has arrived, ready to be migrated on; `None` when none has.
+    pub(crate) fn into_live(self) -> Option<LiveGuest> {
+        let mode = self.config.dirty_log;
+        self.pc.map(|pc| LiveGuest::new(pc, mode))
+    }
+
+    fn make_room(&mut self, description: &Description, layout: &Layout) -> Result<Pc, MachineError> {
+        let host = Host::open()?;
+        let machine = MachineConfig::from_bytes(&description.machine)?;
+        if !(1..=u32::from(MAX_VCPUS)).contains(&machine.vcpus) {
+            return Err(BootError::VcpuCount { vcpus: machine.vcpus, most: MAX_VCPUS.into() }.into());
+        }
+        let expected = ram::layout(description.ram_bytes)?;
+        if expected != *layout {
+            return Err(MachineError::invalid("memory layout", &"it is not one of this program's"));
+        }
+        let backing = self.config.backing.unwrap_or(description.kind.backing);
+        room::check(description.ram_bytes, backing.into(), self.config.max_memory)?;
+        let memory = map_memory(expected, backing)?;
+        if self.config.prefault {
+            let bytes = description.ram_bytes;
+            memory.prefault().map_err(|source| MachineError::Map { bytes, backing: backing.name(), source })?;
+        }
+        let kind = Kind { backing, ..description.kind };
+        Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))
+    }
+
+    fn pc(&self) -> Result<&Pc, MachineError> {
+        self.pc.as_ref().ok_or(MachineError::NotPrepared)
+    }
+}
+
+impl DestinationVm for ArrivingGuest {
+    fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+        let pc = self.make_room(&Description::read(config)?, layout)?;
+        let memory = Arc::clone(pc.machine.memory());
+        self.pc = Some(pc);
+        Ok(memory)
+    }
+
+    fn load(&mut self, state: &mut dyn io::Read) -> VmResult<()> {
+        let state = State::read(state)?;
+        Ok(self.pc()?.load(state)?)
+    }
+
+    fn commit(&mut self, run: bool) -> VmResult<()> {
+        let pc = self.pc()?;
+        if run {
+            pc.resume()?;
+        }
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        self.pc = None;
+    }
+}

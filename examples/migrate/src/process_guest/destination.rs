@@ -1,0 +1,97 @@
+//! The process guest at the destination: a place that becomes a guest when it is handed over.
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::memory::{Backing, GuestMemory, Layout};
+use pageferry::vm::{DestinationVm, VmResult};
+
+use super::ProcessGuestError;
+use super::ram::Ram;
+use super::state::{Description, State};
+use super::vcpus::{Vcpus, wait_until_ready};
+use crate::guest::{Guest, SelfCheck};
+use crate::workload::params::Params;
+
+/// A place for a process guest.
+#[derive(Debug)]
+pub(crate) struct ArrivingProcessGuest {
+    backing: Backing,
+    prepared: Option<(Ram, Params)>,
+    /// The guest's threads: held from `load` to `commit`.
+    vcpus: Option<Vcpus>,
+    running: bool,
+}
+
+impl ArrivingProcessGuest {
+    /// A place whose memory will be backed like this.
+    pub(crate) fn new(backing: Backing) -> Self {
+        Self { backing, prepared: None, vcpus: None, running: false }
+    }
+
+    fn here(&self) -> Result<&Vcpus, ProcessGuestError> {
+        self.vcpus.as_ref().ok_or(ProcessGuestError::NotHere)
+    }
+}
+
+impl DestinationVm for ArrivingProcessGuest {
+    fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+        let params = Description::read(config)?;
+        let ram = Ram::map(layout.clone(), self.backing)?;
+        let memory = ram.memory();
+        self.prepared = Some((ram, params));
+        Ok(memory)
+    }
+
+    fn load(&mut self, state: &mut dyn io::Read) -> VmResult<()> {
+        let state = State::read(state)?;
+        let (ram, params) = self.prepared.clone().ok_or(ProcessGuestError::NotHere)?;
+        self.vcpus = Some(Vcpus::go_on(ram, params, &state)?);
+        Ok(())
+    }
+
+    fn commit(&mut self, run: bool) -> VmResult<()> {
+        let vcpus = self.here()?;
+        if run {
+            vcpus.release();
+        }
+        self.running = run;
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        self.vcpus = None;
+        self.prepared = None;
+    }
+}
+
+impl Guest for ArrivingProcessGuest {
+    fn wait_ready(&mut self) -> VmResult<()> {
+        wait_until_ready(self.here()?);
+        Ok(())
+    }
+
+    fn heartbeats(&self) -> Option<u64> {
+        self.vcpus.as_ref().map(|vcpus| vcpus.heart().beats())
+    }
+
+    fn reset_stall(&mut self) -> VmResult<()> {
+        self.here()?.heart().reset();
+        Ok(())
+    }
+
+    fn longest_stall(&mut self) -> VmResult<Option<Duration>> {
+        Ok(Some(self.here()?.heart().longest_gap()))
+    }
+
+    fn self_check(&mut self) -> VmResult<SelfCheck> {
+        let vcpus = self.here()?;
+        vcpus.hold();
+        let answer = vcpus.check();
+        if self.running {
+            vcpus.release();
+        }
+        Ok(answer)
+    }
+}

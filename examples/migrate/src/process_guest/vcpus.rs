@@ -1,0 +1,227 @@
+//! The threads that stand for vCPUs, and the check of what they wrote.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::ProcessGuestError;
+use super::gate::Gate;
+use super::heart::{BEAT, Heart, HeartState};
+use super::ram::Ram;
+use super::state::State;
+use crate::guest::SelfCheck;
+use crate::workload::page::{Mismatch, PAGE_BYTES};
+use crate::workload::params::Params;
+use crate::workload::sweep::{Pace, Sweep};
+
+/// A guest's threads. Dropping it ends them.
+#[derive(Debug)]
+pub(super) struct Vcpus {
+    work: Arc<Work>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What all threads share.
+#[derive(Debug)]
+struct Work {
+    ram: Ram,
+    params: Params,
+    gate: Gate,
+    heart: Heart,
+    /// Steps made, one counter for each vCPU.
+    steps: Vec<AtomicU64>,
+    /// vCPUs that have filled their share of memory.
+    filled: AtomicU64,
+    started: Instant,
+}
+
+impl Vcpus {
+    /// A new guest: each vCPU fills its share of memory, then writes. Held until [`release`](Self::release).
+    pub(super) fn boot(ram: Ram, params: Params) -> Result<Self, ProcessGuestError> {
+        let steps = vec![0; params.vcpus as usize];
+        Self::start(ram, params, &State { steps, heart: HeartState::default() }, true)
+    }
+
+    /// A guest that arrived: goes on where it was saved. Held until [`release`](Self::release).
+    pub(super) fn go_on(ram: Ram, params: Params, state: &State) -> Result<Self, ProcessGuestError> {
+        if state.steps.len() != params.vcpus as usize {
+            let why = format!("{} counters for {} vCPUs", state.steps.len(), params.vcpus);
+            return Err(ProcessGuestError::Invalid { what: "machine state", why });
+        }
+        Self::start(ram, params, state, false)
+    }
+
+    fn start(ram: Ram, params: Params, state: &State, fill: bool) -> Result<Self, ProcessGuestError> {
+        let work = Arc::new(Work {
+            ram,
+            params,
+            gate: Gate::held(params.vcpus as usize),
+            heart: Heart::resumed(state.heart),
+            steps: state.steps.iter().copied().map(AtomicU64::new).collect(),
+            filled: AtomicU64::new(if fill { 0 } else { params.vcpus.into() }),
+            started: Instant::now(),
+        });
+        let mut vcpus = Self { work, threads: Vec::new() };
+        for vcpu in 0..params.vcpus {
+            let work = Arc::clone(&vcpus.work);
+            let builder = std::thread::Builder::new().name(format!("vcpu-{vcpu}"));
+            let thread = builder.spawn(move || work.run(vcpu, fill));
+            vcpus.threads.push(thread.map_err(|source| ProcessGuestError::Thread { vcpu, source })?);
+        }
+        Ok(vcpus)
+    }
+
+    /// Stops all threads between two steps.
+    pub(super) fn hold(&self) {
+        self.work.gate.hold();
+    }
+
+    /// Lets them go on.
+    pub(super) fn release(&self) {
+        self.work.gate.release();
+    }
+
+    pub(super) fn throttle(&self, percent: u8) {
+        self.work.gate.throttle(percent);
+    }
+
+    pub(super) fn heart(&self) -> &Heart {
+        &self.work.heart
+    }
+
+    /// Whether all memory is filled.
+    pub(super) fn is_ready(&self) -> bool {
+        self.work.filled.load(Ordering::Acquire) == u64::from(self.work.params.vcpus)
+    }
+
+    /// What the destination needs to go on; the threads must be held.
+    pub(super) fn save(&self) -> State {
+        let steps = self.work.steps.iter().map(|steps| steps.load(Ordering::Acquire)).collect();
+        State { steps, heart: self.work.heart.save() }
+    }
+
+    /// Compares every byte of memory with what it must hold; the threads must be held.
+    pub(super) fn check(&self) -> SelfCheck {
+        let generations = self.work.generations();
+        let pages = self.work.ram.page_count();
+        let shares = self.work.params.vcpus.into();
+        let wrong: Vec<(u64, Mismatch)> = std::thread::scope(|scope| {
+            let checkers = (0..shares).map(|share| {
+                let range = pages * share / shares..pages * (share + 1) / shares;
+                let generations = &generations;
+                scope.spawn(move || range.filter_map(|page| self.work.check(page, generations)).collect::<Vec<_>>())
+            });
+            let checkers: Vec<_> = checkers.collect();
+            checkers.into_iter().flat_map(|checker| checker.join().unwrap_or_default()).collect()
+        });
+        match wrong.first() {
+            None => SelfCheck::Ok,
+            Some((page, mismatch)) => {
+                let Mismatch { offset, expected, found } = mismatch;
+                SelfCheck::Wrong(format!(
+                    "page {page:#x} at offset {offset}: {found:#018x} instead of {expected:#018x}; {} wrong pages in all",
+                    wrong.len()
+                ))
+            }
+        }
+    }
+}
+
+impl Drop for Vcpus {
+    fn drop(&mut self) {
+        self.work.gate.end();
+        for thread in self.threads.drain(..) {
+            // A vCPU thread that panicked has ended, which is all that is wanted here.
+            let _ = thread.join();
+        }
+    }
+}
+
+impl Work {
+    fn run(&self, vcpu: u32, fill: bool) {
+        if fill && !self.fill(vcpu) {
+            return;
+        }
+        let sweep = self.sweep(vcpu);
+        let mut pace = Pace::new(self.params.rate, self.params.vcpus.into(), 1_000_000, self.now());
+        while self.gate.pass() {
+            if vcpu == 0 {
+                self.heart.look();
+            }
+            if pace.take(self.now()) {
+                self.step(vcpu, sweep);
+            } else {
+                self.gate.rest(BEAT);
+            }
+        }
+    }
+
+    /// Brings this vCPU's share of memory to generation 0. `false` if the end came first.
+    fn fill(&self, vcpu: u32) -> bool {
+        let (pages, vcpu, vcpus) = (self.ram.page_count(), u64::from(vcpu), u64::from(self.params.vcpus));
+        let content = self.params.content();
+        for page in pages * vcpu / vcpus..pages * (vcpu + 1) / vcpus {
+            if !self.gate.pass() {
+                return false;
+            }
+            content.fill(page, self.ram.page(page));
+        }
+        self.filled.fetch_add(1, Ordering::AcqRel);
+        // A page must be filled before it is written, whoever fills it.
+        while self.filled.load(Ordering::Acquire) < vcpus {
+            if !self.gate.pass() {
+                return false;
+            }
+            self.gate.rest(BEAT);
+        }
+        true
+    }
+
+    fn step(&self, vcpu: u32, sweep: Sweep) {
+        let steps = &self.steps[vcpu as usize];
+        let done = steps.load(Ordering::Relaxed);
+        if let Some((page, generation)) = sweep.step(done) {
+            self.params.content().write(page, generation, self.ram.page(page));
+            steps.store(done + 1, Ordering::Release);
+        }
+    }
+
+    fn sweep(&self, vcpu: u32) -> Sweep {
+        Sweep::share(self.working_pages(), vcpu.into(), self.params.vcpus.into())
+    }
+
+    /// The working set is the first pages of memory.
+    fn working_pages(&self) -> u64 {
+        (self.params.working_set / PAGE_BYTES as u64).min(self.ram.page_count())
+    }
+
+    /// The generation of every page of the working set.
+    fn generations(&self) -> Vec<u64> {
+        let mut generations = vec![0; self.working_pages() as usize];
+        for (vcpu, steps) in self.steps.iter().enumerate() {
+            for (page, generation) in self.sweep(vcpu as u32).generations(steps.load(Ordering::Acquire)) {
+                generations[page as usize] = generation;
+            }
+        }
+        generations
+    }
+
+    fn check(&self, page: u64, generations: &[u64]) -> Option<(u64, Mismatch)> {
+        let generation = generations.get(page as usize).copied().unwrap_or(0);
+        let checked = self.params.content().check(page, generation, self.ram.page(page));
+        checked.err().map(|mismatch| (page, mismatch))
+    }
+
+    /// Microseconds since the start.
+    fn now(&self) -> u64 {
+        self.started.elapsed().as_micros() as u64
+    }
+}
+
+/// Waits until a guest has filled its memory.
+pub(super) fn wait_until_ready(vcpus: &Vcpus) {
+    while !vcpus.is_ready() {
+        std::thread::sleep(Duration::from_millis(2));
+    }
+}

@@ -1,0 +1,191 @@
+//! The final report for people: the rounds, the standstill in its parts, and the proof.
+
+use std::fmt::Write as _;
+use std::time::Duration;
+
+use super::{FinalReport, Outcome, Owner, RoundLine};
+use crate::cli::units::{show_bytes, show_duration, show_rate};
+
+/// Rounds shown before the middle ones are left out.
+const ROUNDS_SHOWN: usize = 16;
+
+/// The whole text, without colours, ending in a newline.
+pub(crate) fn show(report: &FinalReport) -> String {
+    let mut text = String::new();
+    if !report.rounds.is_empty() {
+        text += &rounds(&report.rounds);
+        text.push('\n');
+    }
+    for line in summary(report) {
+        text += &line;
+        text.push('\n');
+    }
+    text
+}
+
+fn rounds(rounds: &[RoundLine]) -> String {
+    let header =
+        ["round", "pages", "zero", "memory", "wire", "time", "rate", "dirtied since", "dirty rate", "throttle"];
+    let mut rows: Vec<Vec<String>> = rounds.iter().map(cells).collect();
+    if rows.len() > ROUNDS_SHOWN {
+        let left_out = rows.len() - ROUNDS_SHOWN;
+        let gap = ROUNDS_SHOWN / 2..ROUNDS_SHOWN / 2 + left_out;
+        rows.splice(gap, [vec![format!("... {left_out} more")]]);
+    }
+    align(&header, &rows)
+}
+
+fn cells(round: &RoundLine) -> Vec<String> {
+    let number = if round.stopped { format!("{} (paused)", round.round) } else { round.round.to_string() };
+    vec![
+        number,
+        round.pages.to_string(),
+        round.zero_pages.to_string(),
+        show_bytes(round.bytes),
+        show_bytes(round.wire_bytes),
+        show_ms(round.duration_ms),
+        show_rate(round.wire_bytes_per_second),
+        format!("{} pages", round.dirty_pages),
+        show_rate(round.dirty_bytes_per_second),
+        if round.throttle_percent == 0 { "-".to_owned() } else { format!("{} %", round.throttle_percent) },
+    ]
+}
+
+/// Columns as wide as their widest cell; the first to the left, numbers to the right.
+fn align(header: &[&str], rows: &[Vec<String>]) -> String {
+    let width = |column: usize| {
+        let cells = rows.iter().filter_map(|row| row.get(column)).map(String::len);
+        cells.chain([header[column].len()]).max().unwrap_or(0)
+    };
+    let widths: Vec<usize> = (0..header.len()).map(width).collect();
+    let header = header.iter().map(ToString::to_string).collect();
+    let mut text = String::new();
+    for row in std::iter::once(&header).chain(rows) {
+        let mut line = String::new();
+        for (column, (cell, width)) in row.iter().zip(&widths).enumerate() {
+            // Writing to a string cannot fail.
+            let _ = if column == 0 { write!(line, "{cell:<width$}") } else { write!(line, "  {cell:>width$}") };
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+fn summary(report: &FinalReport) -> Vec<String> {
+    let mut lines = vec![head(report)];
+    let volume = format!(
+        "sent      {} on the wire, {} pages with content, {} pages of zeros",
+        show_bytes(report.wire_bytes),
+        report.pages_sent,
+        report.pages_zero
+    );
+    lines.push(volume);
+    lines.extend(downtime(report));
+    if let Some(stall) = report.guest_longest_stall_ms {
+        lines.push(format!("stall     {} at most between two heartbeats of the guest", show_ms(stall)));
+    }
+    lines.extend(cost(report));
+    lines.push(proof(report));
+    lines
+}
+
+fn head(report: &FinalReport) -> String {
+    let total = show_ms(report.total_ms);
+    let owner = match report.owner {
+        Owner::Source => "the guest is at the source",
+        Owner::Destination => "the guest is at the destination",
+        Owner::Undecided => "the guest stands still at the source until it is clear which side owns it",
+    };
+    let error = report.error.as_deref().unwrap_or("no reason given");
+    match report.outcome {
+        Outcome::Completed => format!("completed in {total}; {owner}"),
+        Outcome::Cancelled => format!("cancelled after {total}; {owner}"),
+        Outcome::Failed => format!("failed after {total}: {error}; {owner}"),
+        Outcome::Undecided => format!("undecided after {total}: {error}; {owner}"),
+    }
+}
+
+fn downtime(report: &FinalReport) -> Option<String> {
+    let parts = report.downtime_parts_ms?.named().map(|(name, part)| format!("{name} {}", show_ms(part)));
+    Some(format!("downtime  {} = {}", show_ms(report.downtime_ms?), parts.join(" + ")))
+}
+
+fn cost(report: &FinalReport) -> Vec<String> {
+    let side = |name: &str, cpu: Option<f64>, rss: Option<u64>| {
+        Some(format!("{name} {:.2} s of CPU and {} at most", cpu?, show_bytes(rss?)))
+    };
+    let sides = [
+        side("source", report.cpu_seconds.source, report.peak_rss_bytes.source),
+        side("destination", report.cpu_seconds.destination, report.peak_rss_bytes.destination),
+    ];
+    let sides: Vec<String> = sides.into_iter().flatten().collect();
+    if sides.is_empty() { Vec::new() } else { vec![format!("cost      {}", sides.join(", "))] }
+}
+
+/// What was proven, and nothing that was not.
+fn proof(report: &FinalReport) -> String {
+    let pages = report.pages_total;
+    let memory = match (report.digest_match, report.full_verify_match) {
+        (_, Some(false)) | (Some(false), _) => format!("{pages} pages NOT identical"),
+        (_, Some(true)) => format!("{pages} pages identical (all hashed again on both sides)"),
+        (Some(true), None) => format!("{pages} pages identical"),
+        (None, None) => "memory not compared".to_owned(),
+    };
+    let guest = match report.guest_self_check.as_deref() {
+        Some("ok") => "guest self-check OK".to_owned(),
+        Some(wrong) => format!("guest self-check FAILED: {wrong}"),
+        None => "guest not asked for its self-check on this side".to_owned(),
+    };
+    format!("{memory}, {guest}")
+}
+
+fn show_ms(ms: f64) -> String {
+    show_duration(Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use pageferry::error::{Error, Failed};
+    use pageferry::stats::{Downtime, Report, RoundReport};
+
+    use super::super::Role;
+    use super::*;
+
+    fn report(rounds: u32) -> FinalReport {
+        let mut report = Report::default();
+        report.downtime = Downtime { pause: Duration::from_micros(1500), ..Default::default() };
+        report.rounds =
+            (0..rounds).map(|round| RoundReport { round, pages: 1 << round, ..Default::default() }).collect();
+        (report.pages_total, report.digest_match) = (262_144, Some(true));
+        FinalReport::new(Role::Demo, &Ok(report))
+    }
+
+    #[test]
+    fn the_last_line_is_the_proof() {
+        let mut report = report(2);
+        report.guest_self_check = Some("ok".to_owned());
+        assert!(show(&report).ends_with("\n262144 pages identical, guest self-check OK\n"), "{}", show(&report));
+        report.guest_self_check = Some("page 0x5 is wrong".to_owned());
+        assert!(show(&report).contains("FAILED: page 0x5"));
+    }
+
+    #[test]
+    fn nothing_is_claimed_that_was_not_checked() {
+        let error = Error::Misuse("no such luck".to_owned());
+        let failed = Failed::SourceStillOwns { error, report: Box::default() };
+        let text = show(&FinalReport::new(Role::Send, &Err(failed)));
+        assert!(text.contains("memory not compared") && text.contains("no such luck"), "{text}");
+        assert!(!text.contains("identical") && !text.contains("downtime"), "{text}");
+    }
+
+    #[test]
+    fn columns_line_up_and_long_tables_lose_their_middle() {
+        let text = show(&report(3));
+        let ends: Vec<usize> = text.lines().take(4).map(|line| line.trim_end().len()).collect();
+        assert!(ends.iter().all(|&end| end == ends[0]), "{text}");
+        let text = show(&report(40));
+        assert!(text.contains("... 24 more"), "{text}");
+        assert!(text.lines().count() < 30, "{text}");
+    }
+}

@@ -1,0 +1,137 @@
+//! `migrate demo`: both ends on this machine. The destination is a second process of this program.
+
+use std::io::{self, BufRead, BufReader};
+use std::os::unix::process::CommandExt;
+use std::process::{Child, ChildStdout, Command, Stdio};
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
+use pageferry::vm::VmError;
+
+use super::operator::{Operator, Wish};
+use super::{afterwards, guests, not_started, send};
+use crate::cli::{DemoOptions, ExitStatus, LingerTime};
+use crate::guest::Guest;
+use crate::progress::{JsonEvent, Screen};
+use crate::report::{FinalReport, Owner, Role};
+
+/// How long a fresh process may take to listen.
+const START: Duration = Duration::from_secs(20);
+
+/// How long a destination may go on after a failed migration, to give up or to say that it took over.
+const WIND_UP: Duration = Duration::from_secs(60);
+
+/// How long a destination may take to check a guest's memory, on top of the time it lets it run.
+const CHECK: Duration = Duration::from_secs(600);
+
+/// Runs the command.
+pub(super) fn demo(options: &DemoOptions) -> ExitStatus {
+    let screen = Arc::new(Screen::choose(options.output.json));
+    match try_demo(options, &screen) {
+        Ok(status) => status,
+        Err(error) => not_started(&screen, Role::Demo, &error),
+    }
+}
+
+fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
+    let operator = Operator::listen(false)?;
+    let mut destination = Destination::start(options)?;
+    let address = destination.address()?;
+    let mut guest = guests::start(&options.guest, screen, false)?;
+    guest.wait_ready()?;
+    if operator.wait(options.after) == Wish::Stop {
+        return Err("ended before the migration began".into());
+    }
+    screen.note(&format!("migrating to {address}, another process of this machine"));
+    let dialer = send::dialer(&address, &options.lane, &options.limits);
+    let mut report = send::migrate(&mut guest, Role::Demo, &options.limits, &options.lane, dialer, screen, &operator);
+    let linger = LingerTime::For(options.linger);
+    if report.owner == Owner::Source {
+        afterwards::question(&mut guest, &operator, linger, &mut report);
+    }
+    let patience = if report.owner == Owner::Destination { options.linger + CHECK } else { WIND_UP };
+    match destination.report(patience, screen) {
+        Some(other) => report.merge_destination(&other),
+        None => screen.note("the destination ended without a report"),
+    }
+    screen.report(&report);
+    Ok(report.exit_status())
+}
+
+/// The other process.
+struct Destination {
+    child: Child,
+    lines: Receiver<Line>,
+}
+
+/// What it may say.
+enum Line {
+    Event(JsonEvent),
+    Report(Box<FinalReport>),
+}
+
+impl Destination {
+    fn start(options: &DemoOptions) -> io::Result<Self> {
+        let mut command = Command::new(std::env::current_exe()?);
+        command.args(["receive", "--listen", "127.0.0.1:0", "--json", "--with-parent"]);
+        command.args(["--linger", &milliseconds(options.linger), "--wait", "1h"]);
+        command.args(["--peer-timeout", &milliseconds(options.limits.peer_timeout)]);
+        command.args(["--backing", options.guest.backing.name()]);
+        if let Some(most) = options.max_memory {
+            command.args(["--max-memory", &most.to_string()]);
+        }
+        // A process group of its own: Ctrl-C on the terminal is for the source, which cancels.
+        let mut child = command.stdin(Stdio::null()).stdout(Stdio::piped()).process_group(0).spawn()?;
+        let stdout = child.stdout.take().ok_or_else(|| io::Error::other("the destination has no output"))?;
+        let (sender, lines) = unbounded();
+        std::thread::Builder::new()
+            .name("destination".to_owned())
+            .spawn(move || read_lines(stdout).try_for_each(|line| sender.send(line).ok()))?;
+        Ok(Self { child, lines })
+    }
+
+    /// Where it listens.
+    fn address(&self) -> Result<String, VmError> {
+        loop {
+            match self.lines.recv_timeout(START) {
+                Ok(Line::Event(JsonEvent::Listening { address })) => return Ok(address),
+                Ok(Line::Event(_)) => {}
+                Ok(Line::Report(report)) => return Err(report.error.unwrap_or_default().into()),
+                Err(RecvTimeoutError::Timeout) => return Err("the destination process does not listen".into()),
+                Err(RecvTimeoutError::Disconnected) => return Err("the destination process ended at once".into()),
+            }
+        }
+    }
+
+    /// What it reports at its end; `None` when it does not.
+    fn report(&mut self, patience: Duration, screen: &Screen) -> Option<FinalReport> {
+        let until = Instant::now() + patience;
+        loop {
+            match self.lines.recv_deadline(until).ok()? {
+                Line::Event(JsonEvent::Console { text }) => screen.console(&text),
+                Line::Event(_) => {}
+                Line::Report(report) => return Some(*report),
+            }
+        }
+    }
+}
+
+impl Drop for Destination {
+    fn drop(&mut self) {
+        // It has reported or it never will; either way nobody needs it any more.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+fn read_lines(stdout: ChildStdout) -> impl Iterator<Item = Line> {
+    BufReader::new(stdout).lines().map_while(Result::ok).filter_map(|text| {
+        let event = serde_json::from_str(&text).map(Line::Event);
+        event.or_else(|_| serde_json::from_str(&text).map(|report| Line::Report(Box::new(report)))).ok()
+    })
+}
+
+fn milliseconds(time: Duration) -> String {
+    format!("{}ms", time.as_millis())
+}

@@ -1,0 +1,30 @@
+//! The three things the program does, and what they share.
+
+mod afterwards;
+mod demo;
+mod guests;
+mod operator;
+mod parent;
+mod receive;
+mod send;
+
+use std::fmt::Display;
+
+use crate::cli::{Command, ExitStatus};
+use crate::progress::Screen;
+use crate::report::{FinalReport, Role};
+
+/// Does what the command line says.
+pub(crate) fn run(command: &Command) -> ExitStatus {
+    match command {
+        Command::Demo(options) => demo::demo(options),
+        Command::Receive(options) => receive::receive(options),
+        Command::Send(options) => send::send(options),
+    }
+}
+
+/// Reports that nothing was tried, and why.
+fn not_started(screen: &Screen, role: Role, error: &dyn Display) -> ExitStatus {
+    screen.not_started(&FinalReport::not_started(role, error.to_string()));
+    ExitStatus::SetUp
+}

@@ -1,0 +1,74 @@
+//! `migrate receive`: a place where a guest arrives and runs on.
+
+use std::sync::Arc;
+use std::time::Instant;
+
+use pageferry::Destination;
+use pageferry::config::DestinationConfig;
+use pageferry_tcp::{TcpAcceptor, TcpOptions};
+
+use super::guests::AnyDestination;
+use super::operator::Operator;
+use super::{afterwards, not_started, parent};
+use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
+use crate::progress::Screen;
+use crate::report::{CpuClock, FinalReport, Owner, Role, peak_rss};
+
+/// Runs the command.
+pub(super) fn receive(options: &ReceiveOptions) -> ExitStatus {
+    let screen = Arc::new(Screen::choose(options.output.json));
+    match try_receive(options, &screen) {
+        Ok(status) => status,
+        Err(error) => not_started(&screen, Role::Receive, &error),
+    }
+}
+
+fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitStatus, pageferry::vm::VmError> {
+    if options.with_parent {
+        parent::end_with_parent()?;
+    }
+    let operator = Operator::listen(false)?;
+    let acceptor = TcpAcceptor::bind(&options.listen, tcp_options(options))?;
+    screen.listening(&acceptor.local_addr().to_string());
+    let mut guest = AnyDestination::new(options.backing, options.max_memory, Arc::clone(screen));
+    let mut report = take_in(&mut guest, options, Arc::new(acceptor), screen, &operator);
+    let over = Instant::now();
+    if report.owner == Owner::Destination {
+        afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
+    }
+    screen.report(&report);
+    if report.owner == Owner::Destination && options.linger.linger == LingerTime::Forever {
+        screen.note("the guest runs here; Ctrl-C ends it");
+        operator.wait_for_end(options.linger.linger, over);
+    }
+    Ok(report.exit_status())
+}
+
+fn tcp_options(options: &ReceiveOptions) -> TcpOptions {
+    let mut tcp = TcpOptions::default();
+    tcp.interface.clone_from(&options.interface);
+    tcp.dead_peer_after = options.peer_timeout;
+    tcp
+}
+
+fn take_in(
+    guest: &mut AnyDestination,
+    options: &ReceiveOptions,
+    acceptor: Arc<TcpAcceptor>,
+    screen: &Arc<Screen>,
+    operator: &Operator,
+) -> FinalReport {
+    let clock = CpuClock::start();
+    let mut config = DestinationConfig::default();
+    config.wait_for_source = options.wait;
+    config.peer_timeout = options.peer_timeout;
+    let destination = Destination::new(config).observer(Arc::clone(screen) as _);
+    let result = destination.run(guest, acceptor, operator.control());
+    operator.forget_cancel();
+    let (engine_cpu, guest_cpu) = clock.split();
+    let mut report = FinalReport::new(Role::Receive, &result);
+    report.cpu_seconds.destination = Some(engine_cpu);
+    report.guest_cpu_seconds.destination = Some(guest_cpu);
+    report.peak_rss_bytes.destination = Some(peak_rss());
+    report
+}

@@ -1,0 +1,32 @@
+#!/bin/bash
+# boot.sh -k VMLINUX -i INITRAMFS [-m MEMORY_MIB] [-c VCPUS] [-t TIMEOUT_S] [-a "KERNEL ARGUMENTS"]
+# Boots a machine with a KVM of its own under QEMU's emulator, which implements AMD's virtualization (SVM) in
+# software: the host needs no /dev/kvm. Its console goes to stdout. The exit status is the one its init printed
+# ("NESTED-STATUS n"), 124 when TIMEOUT_S has passed, 125 when the machine ended without a word.
+set -uo pipefail
+
+kernel= initramfs= model=qemu64,+svm,+npt memory=2048 vcpus=2 timeout=300 arguments=
+while getopts k:i:m:c:t:a: option; do
+    case $option in
+        k) kernel=$OPTARG ;;
+        i) initramfs=$OPTARG ;;
+        m) memory=$OPTARG ;;
+        c) vcpus=$OPTARG ;;
+        t) timeout=$OPTARG ;;
+        a) arguments=$OPTARG ;;
+        *) exit 2 ;;
+    esac
+done
+
+# qemu64 and not max: fewer features to emulate make everything faster. tsc=reliable: the emulated TSC is one clock
+# for all vCPUs, but the kernel's watchdog distrusts it when the host is busy.
+console="console=ttyS0 quiet panic=-1 reboot=t tsc=reliable mitigations=off random.trust_cpu=on"
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+timeout -k 5 "$timeout" qemu-system-x86_64 \
+    -accel tcg,thread=multi -machine q35 -cpu "${NESTED_CPU:-$model}" -smp "$vcpus" -m "$memory" \
+    -nodefaults -no-user-config -nographic -no-reboot -serial stdio \
+    -kernel "$kernel" -initrd "$initramfs" -append "$console $arguments" </dev/null 2>&1 | tr -d '\r' | tee "$log"
+[ "${PIPESTATUS[0]}" = 124 ] && exit 124
+status=$(sed -n 's/^.*NESTED-STATUS \([0-9]*\).*$/\1/p' "$log" | tail -n 1)
+exit "${status:-125}"
