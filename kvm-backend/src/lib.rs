@@ -15,6 +15,10 @@
 //! 5. [`Machine::throttle`], [`Machine::pause`], [`Machine::save`] at the source, [`Machine::load`] and
 //!    [`Machine::resume`] at the destination.
 
+//!
+//! Unsafe code is in four places: the KVM calls that `kvm-ioctls` lacks (`ioctl`), signals and the
+//! shared page of a vCPU (`kick`), the call that gives KVM its memory slots (`vm`), and the one that
+//! signals a vCPU thread (`vcpu`).
 #![deny(unsafe_code)]
 
 mod config;
