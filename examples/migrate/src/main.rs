@@ -9,6 +9,7 @@ mod cli;
 mod guest;
 #[allow(dead_code, unused_imports)]
 mod machine;
+mod payload;
 mod process_guest;
 mod progress;
 mod report;

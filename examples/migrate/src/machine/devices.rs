@@ -120,7 +120,8 @@ impl ExitHandler for Devices {
     fn pio_in(&self, _vcpu: u32, port: u16, data: &mut [u8]) -> Reaction {
         match port {
             ports::COMMAND => fill(data, self.take_command()),
-            ports::KEYBOARD => data.fill(ports::KEYBOARD_IDLE),
+            ports::KEYBOARD => data.fill(ports::KEYBOARD_STATUS),
+            ports::CLOCK_DATA => data.fill(0),
             _ if ports::SERIAL.contains(&port) => self.serial_in(port, data),
             _ => data.fill(0xff),
         }

@@ -21,10 +21,8 @@ pub(super) use registers::Entry;
 
 use super::error::MachineError;
 use super::ram::{HOLE_END, HOLE_START};
+use crate::payload;
 use crate::workload::params::Params;
-
-/// The guest program that `build.rs` makes.
-const PAYLOAD: &[u8] = &[];
 
 /// First address above the BIOS area: kernels are loaded from here on.
 const HIGH_MEMORY: u64 = 0x10_0000;
@@ -51,7 +49,7 @@ impl Boots {
             Self::Image(image) => image,
             Self::Payload(params) => {
                 let command_line = Params { vcpus, tsc_khz, ..params }.to_string();
-                BootImage { kernel: Cow::Borrowed(PAYLOAD), initrd: None, command_line }
+                BootImage { kernel: Cow::Borrowed(payload::IMAGE), initrd: None, command_line }
             }
         }
     }
