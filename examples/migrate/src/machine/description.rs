@@ -3,7 +3,7 @@
 
 use std::io::{self, Read};
 
-use pageferry::memory::{Backing, GuestMemory};
+use pageferry::memory::Backing;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
