@@ -2,12 +2,13 @@
 //! undecided once both sides can talk again, and a second migration on a healthy network, which has
 //! to succeed.
 
+use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pageferry::config::OnTimeout;
 use pageferry::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome};
-use pageferry::wire::{Greeting, GreetingRole, Message, Owner, SessionId};
+use pageferry::wire::{Greeting, GreetingRole, Kind, Message, Owner, SessionId};
 use pageferry::{DestinationConfig, Error, SourceConfig};
 
 use crate::clock::Clock;
@@ -44,18 +45,34 @@ pub enum Ending {
     Lost,
 }
 
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Completed => "completed",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed, the guest stays at the source",
+            Self::SettledSource => "undecided, then settled to the source",
+            Self::SettledDestination => "undecided, then settled to the destination",
+            Self::Undecided => "undecided, the destination is dead",
+            Self::Lost => "handed over, then the destination died",
+        })
+    }
+}
+
 /// What a run has shown.
 #[derive(Clone, Debug, serde::Serialize)]
 #[non_exhaustive]
 pub struct RunResult {
-    /// The seed.
-    pub seed: u64,
+    /// Which run.
+    pub name: String,
     /// The first rule that was broken; `None` when all held.
     pub violation: Option<String>,
     /// How it ended; `None` when a rule was broken before.
     pub ending: Option<Ending>,
     /// What went wrong by plan, by kind.
     pub faults: Vec<String>,
+    /// A side asked who owns the guest, and was answered.
+    pub answered: bool,
     /// A hash of everything that happened: equal in every replay.
     pub trace: u64,
     /// Events handled.
@@ -90,10 +107,11 @@ pub(crate) fn run(scenario: &Scenario, print: bool, log: bool) -> RunResult {
 
 fn failed_to_start(scenario: &Scenario, error: &std::io::Error) -> RunResult {
     RunResult {
-        seed: scenario.seed,
+        name: scenario.name.clone(),
         violation: Some(format!("the simulator could not make guest memory: {error}")),
         ending: None,
         faults: Vec::new(),
+        answered: false,
         trace: 0,
         steps: 0,
         virtual_ms: 0,
@@ -138,7 +156,8 @@ impl Run<'_> {
         let faults = self.world.ctx.network.struck().map(|fault| fault.name().to_owned());
         let failed = lock(&self.world.guest).failed_calls.clone();
         RunResult {
-            seed: self.scenario.seed,
+            name: self.scenario.name.clone(),
+            answered: self.world.ctx.network.sent(Kind::Settled) > 0,
             ending: self.ending.filter(|_| violation.is_none()),
             violation,
             faults: faults.chain(failed.iter().map(|call| format!("{call:?} fails"))).collect(),
@@ -328,7 +347,6 @@ impl Run<'_> {
         let mut scenario = self.scenario.clone();
         scenario.faults.clear();
         scenario.visits.clear();
-        scenario.switch_over_at = None;
         scenario.vm.failures.clear();
         scenario.canary = None;
         scenario.config = SourceConfig::default();

@@ -63,7 +63,7 @@ pub(crate) struct VmPlan {
 
 /// A wrong engine that the checkers must find out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Canary {
+pub(crate) enum Canary {
     /// The dirty tracker never reports one page that was written.
     LostDirtyBit,
     /// The destination starts the guest when it is prepared, without waiting for Commit.
@@ -90,6 +90,8 @@ pub(crate) enum Visit {
 /// One run, as planned.
 #[derive(Clone, Debug)]
 pub(crate) struct Scenario {
+    pub(crate) name: String,
+    /// Where chance begins: delays, splits, the guest's content.
     pub(crate) seed: u64,
     pub(crate) layout: Layout,
     /// Pages of the guest that hold something, in per cent.
@@ -108,7 +110,6 @@ pub(crate) struct Scenario {
     pub(crate) vm: VmPlan,
     pub(crate) faults: Vec<(Trigger, Fault)>,
     pub(crate) visits: Vec<(Duration, Visit)>,
-    pub(crate) switch_over_at: Option<Duration>,
     pub(crate) canary: Option<Canary>,
 }
 
@@ -129,6 +130,7 @@ impl Scenario {
         }
         let visits = if dice.chance(10) { vec![(dice.micros(1..=50_000), visit(&mut dice))] } else { Vec::new() };
         Self {
+            name: format!("seed {seed}"),
             seed,
             filled: dice.pick(&[0, 10, 60, 100]),
             runs: !dice.chance(5),
@@ -137,7 +139,6 @@ impl Scenario {
             tears: dice.chance(50),
             knows_populated: dice.chance(80),
             random_policy: dice.chance(30),
-            switch_over_at: dice.chance(5).then(|| dice.micros(1..=1_000_000)),
             layout,
             config,
             destination_config,
@@ -145,6 +146,42 @@ impl Scenario {
             vm,
             faults,
             visits,
+            canary: None,
+        }
+    }
+
+    /// A small migration without haste in which nothing goes wrong: for whoever wants one thing to.
+    pub(crate) fn calm(name: &str, layout: Layout) -> Self {
+        let mut config = SourceConfig::default();
+        config.lanes = 0;
+        config.peer_timeout = Duration::from_secs(2);
+        config.settle_window = Duration::from_secs(3);
+        let mut destination_config = DestinationConfig::default();
+        destination_config.peer_timeout = config.peer_timeout;
+        destination_config.settle_window = config.settle_window;
+        let latency = Duration::from_micros(200);
+        Self {
+            name: name.to_owned(),
+            seed: 1,
+            layout,
+            filled: 40,
+            runs: true,
+            pattern: Pattern { interval: Duration::from_millis(2), writes: 1, reach: 2, first: 5, gives_back: false },
+            tracking: Tracking { manual: false, initially_set: false, report: Report::Words, loses_a_bit: false },
+            tears: false,
+            knows_populated: true,
+            config,
+            destination_config,
+            random_policy: false,
+            link: Link {
+                latency: vec![latency],
+                bandwidth: vec![1_000_000_000],
+                jitter: Duration::from_micros(50),
+                capacity: 1 << 20,
+            },
+            vm: VmPlan { longest_call: Duration::from_millis(1), state_len: 40, save_writes: 1, failures: Vec::new() },
+            faults: Vec::new(),
+            visits: Vec::new(),
             canary: None,
         }
     }

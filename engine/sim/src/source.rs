@@ -61,6 +61,7 @@ struct Wishes {
     cancel_told: bool,
     switch_over: bool,
     switch_over_told: bool,
+    downtime_limit: Option<Duration>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -205,6 +206,11 @@ impl SourceHost {
         self.ring(ctx);
     }
 
+    pub(crate) fn limit_downtime(&mut self, ctx: &mut Context, limit: Duration) {
+        self.wishes.downtime_limit = Some(limit);
+        self.ring(ctx);
+    }
+
     fn ring(&mut self, ctx: &mut Context) {
         if self.life != Life::Over {
             self.turn_soon(ctx);
@@ -306,6 +312,9 @@ impl SourceHost {
         if self.wishes.switch_over && !std::mem::replace(&mut self.wishes.switch_over_told, true) {
             self.tell(ctx, SourceInput::SwitchOverNow);
         }
+        if let Some(limit) = self.wishes.downtime_limit.take() {
+            self.tell(ctx, SourceInput::DowntimeLimit(limit));
+        }
         if self.wishes.cancel && !std::mem::replace(&mut self.wishes.cancel_told, true) {
             self.tell(ctx, SourceInput::Cancel);
         }
@@ -398,7 +407,10 @@ impl SourceHost {
                 }
                 None
             }
-            SourceAction::Pause => Some(or_failed("pause the guest", self.pause())),
+            SourceAction::Pause => {
+                ctx.network.guest_stands = true;
+                Some(or_failed("pause the guest", self.pause()))
+            }
             SourceAction::Save => Some(or_failed("save the machine state", self.save(ctx))),
             SourceAction::Step(step) => self.step(*step),
             SourceAction::Resume => {
