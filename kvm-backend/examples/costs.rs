@@ -43,7 +43,7 @@ fn state(host: &Host, vcpus: u32) -> VmResult<()> {
         timed(|| Ok(source.pause()?))
     })?;
     let bytes = source.save()?;
-    let save = median(|| timed(|| Ok(drop(source.save()?))))?;
+    let save = median(|| timed(|| Ok(source.save().map(drop)?)))?;
     let config = MachineConfig::from_bytes(&source.config().to_bytes())?;
     let load = median(|| {
         let destination = Machine::new(host, config.clone(), memory.clone())?;

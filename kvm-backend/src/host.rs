@@ -44,6 +44,8 @@ pub struct Features {
     pub tsc_deadline: bool,
     /// The guest can be told that it stood still, so that its watchdogs keep quiet.
     pub clock_control: bool,
+    /// The CPU has XSAVE, and with it extended control registers.
+    pub xcrs: bool,
     /// Page-directory pointers of PAE guests are part of the state.
     pub sregs2: bool,
     /// Most vCPUs of a machine.
@@ -114,6 +116,7 @@ impl Features {
             tsc_scaling: kvm.check_extension(Cap::TscControl),
             tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer),
             clock_control: kvm.check_extension(Cap::KvmclockCtrl),
+            xcrs: kvm.check_extension(Cap::Xcrs),
             sregs2: kvm.check_extension_raw(u64::from(KVM_CAP_SREGS2)) > 0,
             max_vcpus: kvm.get_max_vcpus() as u32,
         }

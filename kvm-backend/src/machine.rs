@@ -57,8 +57,7 @@ impl Machine {
         let knowledge = Knowledge {
             msrs: MsrList::probe(&fds[0], host.msr_indices())?,
             xsave: XsaveSize::from_capability(vm.fd.check_extension_int(Cap::Xsave2)),
-            sregs2: features.sregs2,
-            clock_control: features.clock_control,
+            features,
         };
         let vcpus = fds.into_iter().zip(0..).map(|(fd, index)| Vcpu::new(index, fd)).collect::<Result<_, _>>()?;
         let crew = Arc::new(Crew::new(vcpus, Arc::clone(&vm)));

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::msrs::{self, MsrList};
 use crate::error::{KvmError, call};
+use crate::host::Features;
 use crate::ioctl::{self, XsaveSize};
 use crate::packed::{AtMost, Blob, Exact};
 
@@ -20,8 +21,7 @@ const MAX_MSRS: usize = 1024;
 pub(crate) struct Knowledge {
     pub(crate) msrs: MsrList,
     pub(crate) xsave: XsaveSize,
-    pub(crate) sregs2: bool,
-    pub(crate) clock_control: bool,
+    pub(crate) features: Features,
 }
 
 /// Everything that a vCPU holds, except its CPUID and TSC frequency: those are the machine's.
@@ -33,7 +33,8 @@ pub(crate) struct VcpuState {
     /// Page-directory pointers, where the guest uses PAE paging without long mode.
     pdptrs: Option<[u64; 4]>,
     xsave: Blob,
-    xcrs: Exact<kvm_xcrs>,
+    /// Extended control registers, where the CPU has XSAVE.
+    xcrs: Option<Exact<kvm_xcrs>>,
     debug: Exact<kvm_debugregs>,
     lapic: Exact<kvm_lapic_state>,
     msrs: AtMost<Exact<kvm_msr_entry>, MAX_MSRS>,
@@ -54,7 +55,7 @@ impl VcpuState {
             sregs: Exact(vcpu.get_sregs().map_err(call(what("the special registers")))?),
             pdptrs: pdptrs(vcpu, knowledge).map_err(call(what("the page-directory pointers")))?,
             xsave: xsave(vcpu, knowledge.xsave).map_err(call(what("the XSAVE area")))?,
-            xcrs: Exact(vcpu.get_xcrs().map_err(call(what("the extended control registers")))?),
+            xcrs: xcrs(vcpu, knowledge).map_err(call(what("the extended control registers")))?,
             debug: Exact(vcpu.get_debug_regs().map_err(call(what("the debug registers")))?),
             lapic: Exact(vcpu.get_lapic().map_err(call(what("the local APIC")))?),
             msrs: AtMost(knowledge.msrs.read(vcpu, index)?.into_iter().map(Exact).collect()),
@@ -77,10 +78,7 @@ impl VcpuState {
         vcpu.set_sregs(&self.sregs.0).map_err(call(what("the special registers")))?;
         self.set_pdptrs(vcpu, knowledge).map_err(call(what("the page-directory pointers")))?;
         vcpu.set_regs(&self.regs.0).map_err(call(what("the general registers")))?;
-        if self.xcrs.0.nr_xcrs > 0 {
-            // A CPU without XSAVE has none, and refuses to be told so.
-            vcpu.set_xcrs(&self.xcrs.0).map_err(call(what("the extended control registers")))?;
-        }
+        self.set_xcrs(vcpu, index, knowledge)?;
         self.set_xsave(vcpu, index, knowledge.xsave)?;
         vcpu.set_debug_regs(&self.debug.0).map_err(call(what("the debug registers")))?;
         vcpu.set_lapic(&self.lapic.0).map_err(call(what("the local APIC")))?;
@@ -88,7 +86,7 @@ impl VcpuState {
         msrs::write(vcpu, index, &values)?;
         vcpu.set_mp_state(self.mp_state.0).map_err(call(what("the run state")))?;
         vcpu.set_vcpu_events(&self.events.0).map_err(call(what("the pending events")))?;
-        if knowledge.clock_control {
+        if knowledge.features.clock_control {
             // Refused when the guest does not use KVM's clock; then its watchdogs do not ask for it either.
             let _ = vcpu.kvmclock_ctrl();
         }
@@ -96,7 +94,7 @@ impl VcpuState {
     }
 
     fn set_pdptrs(&self, vcpu: &VcpuFd, knowledge: &Knowledge) -> std::io::Result<()> {
-        let (Some(pdptrs), true) = (self.pdptrs, knowledge.sregs2) else {
+        let (Some(pdptrs), true) = (self.pdptrs, knowledge.features.sregs2) else {
             // KVM has read them from guest memory, which has the same content in all but strange guests.
             return Ok(());
         };
@@ -104,6 +102,23 @@ impl VcpuState {
         registers.flags |= u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID);
         registers.pdptrs = pdptrs;
         ioctl::set_sregs2(vcpu, &registers)
+    }
+
+    fn set_xcrs(&self, vcpu: &VcpuFd, index: u32, knowledge: &Knowledge) -> Result<(), KvmError> {
+        /// XCR0 after a reset: x87 only.
+        const INITIAL: u64 = 1;
+        match &self.xcrs {
+            Some(Exact(xcrs)) if knowledge.features.xcrs => {
+                vcpu.set_xcrs(xcrs).map_err(call(format!("writing the extended control registers of vCPU {index}")))
+            }
+            Some(Exact(xcrs)) if xcrs.xcrs[0].value != INITIAL => {
+                let value = xcrs.xcrs[0].value;
+                Err(KvmError::State(format!(
+                    "vCPU {index} uses XSAVE (XCR0 = {value:#x}), which this CPU does not have"
+                )))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn set_xsave(&self, vcpu: &VcpuFd, index: u32, size: XsaveSize) -> Result<(), KvmError> {
@@ -124,12 +139,16 @@ impl VcpuState {
 }
 
 fn pdptrs(vcpu: &VcpuFd, knowledge: &Knowledge) -> std::io::Result<Option<[u64; 4]>> {
-    if !knowledge.sregs2 {
+    if !knowledge.features.sregs2 {
         return Ok(None);
     }
     let registers = ioctl::sregs2(vcpu)?;
     let valid = registers.flags & u64::from(KVM_SREGS2_FLAGS_PDPTRS_VALID) != 0;
     Ok(valid.then_some(registers.pdptrs))
+}
+
+fn xcrs(vcpu: &VcpuFd, knowledge: &Knowledge) -> Result<Option<Exact<kvm_xcrs>>, kvm_ioctls::Error> {
+    if knowledge.features.xcrs { Ok(Some(Exact(vcpu.get_xcrs()?))) } else { Ok(None) }
 }
 
 fn xsave(vcpu: &VcpuFd, size: XsaveSize) -> std::io::Result<Blob> {

@@ -1,6 +1,5 @@
 //! A tiny guest in ring 3 of long mode: pages identity-mapped, no stack, no interrupts. Accessed and
-//! dirty bits are set in its page tables beforehand, so that running it writes nothing but what its
-//! instructions write.
+//! dirty bits are set in its page tables beforehand, so that the CPU has no reason to write to them.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};

@@ -74,7 +74,7 @@ struct Marks {
     xsave: Vec<u32>,
     lapic: kvm_lapic_state,
     debug: kvm_debugregs,
-    xcrs: kvm_xcrs,
+    xcrs: Option<kvm_xcrs>,
     redirection: u64,
     kernel_gs: u64,
 }
@@ -82,7 +82,7 @@ struct Marks {
 const KERNEL_GS_BASE: u32 = 0xc000_0102;
 
 impl Marks {
-    fn set(machine: &Machine) {
+    fn set(machine: &Machine, host: &Host) {
         let vcpu = machine.vcpu(1).unwrap();
         let mut xsave = vcpu.get_xsave().unwrap();
         xsave.region[40] = 0x1234_5678; // XMM0
@@ -97,9 +97,11 @@ impl Marks {
         let mut debug = vcpu.get_debug_regs().unwrap();
         debug.db[1] = 0xdead_0000;
         vcpu.set_debug_regs(&debug).unwrap();
-        let mut xcrs = vcpu.get_xcrs().unwrap();
-        xcrs.xcrs[0].value = 3;
-        vcpu.set_xcrs(&xcrs).unwrap();
+        if host.features().xcrs {
+            let mut xcrs = vcpu.get_xcrs().unwrap();
+            xcrs.xcrs[0].value = 3;
+            vcpu.set_xcrs(&xcrs).unwrap();
+        }
         let entry = kvm_msr_entry { index: KERNEL_GS_BASE, data: 0x7777_0000, ..Default::default() };
         assert_eq!(vcpu.set_msrs(&Msrs::from_entries(&[entry]).unwrap()), Ok(1));
         let mut ioapic = Self::ioapic(machine);
@@ -122,7 +124,7 @@ impl Marks {
             xsave: vcpu.get_xsave().unwrap().region.to_vec(),
             lapic: vcpu.get_lapic().unwrap(),
             debug: vcpu.get_debug_regs().unwrap(),
-            xcrs: vcpu.get_xcrs().unwrap(),
+            xcrs: vcpu.get_xcrs().ok(),
             redirection,
             kernel_gs: msrs.as_slice()[0].data,
         }
@@ -139,7 +141,7 @@ impl Marks {
 fn every_part_of_the_state_arrives() {
     let Some(host) = host() else { return };
     let (source, _memory) = loaded(&host, 2, SPIN);
-    Marks::set(&source);
+    Marks::set(&source, &host);
     let (there, _there_memory) = destination(&host, &source);
     there.load(&source.save().unwrap()).unwrap();
     let (sent, arrived) = (Marks::of(&source), Marks::of(&there));
@@ -164,8 +166,9 @@ fn loading_leaves_guest_memory_alone() {
     let (source, _memory) = loaded(&host, 2, SPIN);
     let (there, memory) = destination(&host, &source);
     there.load(&source.save().unwrap()).unwrap();
-    let touched: Vec<_> = [RegionId(0), RegionId(2)].map(|id| memory.populated(id).unwrap()).concat();
-    assert_eq!(touched, []);
+    let mut low = vec![0; LOW_LEN as usize];
+    memory.read(RegionId(0), 0, &mut low).unwrap();
+    assert_eq!(low.iter().position(|&byte| byte != 0), None);
 }
 
 #[test]

@@ -108,7 +108,7 @@ impl std::fmt::Debug for Devices {
 impl ExitHandler for Devices {
     fn pio_out(&self, _vcpu: u32, port: u16, data: &[u8]) -> Reaction {
         match port {
-            ports::BEAT => self.watch.beat(number(data)),
+            ports::BEAT => self.watch.beat(),
             ports::REST => return Reaction::Rest(Duration::from_micros(number(data).into()).min(REST_MAX)),
             ports::KEYBOARD if data[0] == ports::KEYBOARD_RESET => return Reaction::End,
             _ if ports::SERIAL.contains(&port) => self.serial_out(port, data),
@@ -120,7 +120,8 @@ impl ExitHandler for Devices {
     fn pio_in(&self, _vcpu: u32, port: u16, data: &mut [u8]) -> Reaction {
         match port {
             ports::COMMAND => fill(data, self.take_command()),
-            ports::KEYBOARD => data.fill(ports::KEYBOARD_IDLE),
+            ports::KEYBOARD => data.fill(ports::KEYBOARD_STATUS),
+            ports::CLOCK_DATA => data.fill(0),
             _ if ports::SERIAL.contains(&port) => self.serial_in(port, data),
             _ => data.fill(0xff),
         }

@@ -4,14 +4,14 @@
 //! Neither ever cuts a guest off in the middle of something: the third Ctrl-C does.
 
 use std::io::{self, BufRead};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use pageferry::host::Control;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use crate::cli::{LingerTime, Moment};
+use crate::cli::Moment;
 
 /// Interrupts after which the program ends at once.
 const PATIENCE: usize = 3;
@@ -72,6 +72,11 @@ impl Operator {
         }
     }
 
+    /// What is wanted now; whoever waits for it hears it again.
+    pub(crate) fn wish(&self) -> Wish {
+        if self.stop.is_empty() { Wish::GoOn } else { Wish::Stop }
+    }
+
     /// After a migration: the Ctrl-C that cancelled it has done its work.
     pub(crate) fn forget_cancel(&self) {
         if self.control.is_cancelled() {
@@ -79,29 +84,24 @@ impl Operator {
         }
     }
 
-    /// Waits for the end of the program, if there is to be one.
-    pub(crate) fn wait_for_end(&self, linger: LingerTime, since: Instant) {
-        match linger {
-            LingerTime::For(time) => {
-                self.wait(time.saturating_sub(since.elapsed()));
-            }
-            // The listener lives as long as the process, so this returns on an order to stop only.
-            LingerTime::Forever => {
-                let _ = self.stop.recv();
-            }
-        }
+    /// Waits for the order to end the program.
+    pub(crate) fn wait_for_end(&self) {
+        // The listener lives as long as the process: this is never an error.
+        let _ = self.stop.recv();
     }
 
     fn wait_for(&self, wanted: &Receiver<()>) -> Wish {
         select! {
-            recv(wanted) -> came => if came.is_ok() { Wish::GoOn } else { self.wait_for_stop() },
+            recv(wanted) -> came => {
+                // Standard input has ended: Enter will never come.
+                if came.is_err() {
+                    self.wait_for_end();
+                    return Wish::Stop;
+                }
+                Wish::GoOn
+            }
             recv(self.stop) -> _ => Wish::Stop,
         }
-    }
-
-    fn wait_for_stop(&self) -> Wish {
-        let _ = self.stop.recv();
-        Wish::Stop
     }
 }
 

@@ -21,10 +21,8 @@ pub(super) use registers::Entry;
 
 use super::error::MachineError;
 use super::ram::{HOLE_END, HOLE_START};
+use crate::payload;
 use crate::workload::params::Params;
-
-/// The guest program that `build.rs` makes.
-const PAYLOAD: &[u8] = &[];
 
 /// First address above the BIOS area: kernels are loaded from here on.
 const HIGH_MEMORY: u64 = 0x10_0000;
@@ -51,14 +49,14 @@ impl Boots {
             Self::Image(image) => image,
             Self::Payload(params) => {
                 let command_line = Params { vcpus, tsc_khz, ..params }.to_string();
-                BootImage { kernel: Cow::Borrowed(PAYLOAD), initrd: None, command_line }
+                BootImage { kernel: Cow::Borrowed(payload::IMAGE), initrd: None, command_line }
             }
         }
     }
 }
 
 /// What a guest starts from.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct BootImage {
     /// An ELF kernel (with a PVH entry or for the 64-bit Linux protocol), or a bzImage.
     pub(crate) kernel: Cow<'static, [u8]>,
@@ -66,6 +64,13 @@ pub(crate) struct BootImage {
     pub(crate) initrd: Option<Vec<u8>>,
     /// The kernel's command line.
     pub(crate) command_line: String,
+}
+
+impl std::fmt::Debug for BootImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (kernel, initrd) = (self.kernel.len(), self.initrd.as_ref().map(Vec::len));
+        write!(f, "BootImage(kernel of {kernel} bytes, initrd {initrd:?}, {:?})", self.command_line)
+    }
 }
 
 /// Why a guest cannot boot from an image.
