@@ -6,7 +6,7 @@ use std::sync::Arc;
 use crate::digest::{HashTable, PageHash, PageHasher};
 use crate::encode::{Tally, checksum};
 use crate::memory::{GuestMemory, Layout, MemoryError, RegionId, page_offset};
-use crate::units::{PAGE_SIZE, PageNumber};
+use crate::units::{PAGE_SIZE, PageNumber, PageRun};
 use crate::wire::pages::{self, Coding, Record};
 use crate::wire::{FrameBuffer, WireError};
 
@@ -56,43 +56,42 @@ impl Placer {
         self.hashes.extend(literals.chunks_exact(PAGE_SIZE).map(|page| self.hasher.hash(page)));
         header.verify(checksum(&header, head, &self.hashes))?;
         let mut tally = Tally { wire_bytes: frame.bytes().len() as u64, ..Tally::default() };
-        let mut literals = literals.chunks_exact(PAGE_SIZE).zip(&self.hashes);
+        let (mut literals, mut hashes) = (literals, self.hashes.iter());
         for record in &self.records {
             let outside = WireError::Pages { first: record.run.first.0, count: record.run.count };
             let (region, first) = self.layout.locate_run(record.run).ok_or(outside)?;
-            for (index, page) in (first..).zip(record.run.pages()) {
-                let content = match record.coding {
-                    Coding::Zero => None,
-                    Coding::Literal => literals.next(),
-                };
-                self.place_page(region, index, page, content, &mut tally)?;
+            match record.coding {
+                Coding::Zero => self.place_zeros(region, first, record.run, &mut tally)?,
+                Coding::Literal => {
+                    let bytes;
+                    (bytes, literals) = literals.split_at(record.run.count as usize * PAGE_SIZE);
+                    for (page, hash) in record.run.pages().zip(&mut hashes) {
+                        self.note(page, *hash, &mut tally);
+                    }
+                    self.memory.write(region, page_offset(first), bytes)?;
+                }
             }
         }
         Ok(tally)
     }
 
-    fn place_page(
-        &self,
-        region: RegionId,
-        index: u64,
-        page: PageNumber,
-        content: Option<(&[u8], &PageHash)>,
-        tally: &mut Tally,
-    ) -> Result<(), MemoryError> {
-        let new = content.map_or(PageHash::ZERO, |(_, hash)| *hash);
+    fn place_zeros(&self, region: RegionId, first: u64, run: PageRun, tally: &mut Tally) -> Result<(), MemoryError> {
+        tally.zero_pages += run.count;
+        for (index, page) in (first..).zip(run.pages()) {
+            // A page with the zero hash was never written here: it reads as zeros already.
+            if self.note(page, PageHash::ZERO, tally) != PageHash::ZERO {
+                self.memory.write(region, page_offset(index), &ZERO_PAGE)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Counts a page in; returns its hash before.
+    fn note(&self, page: PageNumber, new: PageHash, tally: &mut Tally) -> PageHash {
         let old = self.table.swap(page, new);
         tally.pages += 1;
         tally.digest.replace(page, old, new);
-        if let Some((bytes, _)) = content {
-            self.memory.write(region, page_offset(index), bytes)
-        } else {
-            tally.zero_pages += 1;
-            // A page with the zero hash was never written here: it reads as zeros already.
-            if old == PageHash::ZERO {
-                return Ok(());
-            }
-            self.memory.write(region, page_offset(index), &ZERO_PAGE)
-        }
+        old
     }
 }
 

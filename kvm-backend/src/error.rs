@@ -72,8 +72,16 @@ pub enum KvmError {
         /// The vCPU.
         index: u32,
     },
-    /// The machine's threads were not started, or were started twice.
-    #[error("the machine is {is}: {remedy}")]
+    /// A vCPU did not stop: the VMM's exit handler does not return.
+    #[error("vCPU {index} did not stop within {seconds} s: an exit handler of the VMM does not return")]
+    Stuck {
+        /// The vCPU.
+        index: u32,
+        /// How long it was waited for.
+        seconds: u64,
+    },
+    /// A call that comes at the wrong time.
+    #[error("the machine is {is}; {remedy}")]
     Order {
         /// The state it is in.
         is: &'static str,
@@ -86,4 +94,9 @@ pub enum KvmError {
     /// Machine state that this host cannot take over.
     #[error("machine state cannot be loaded: {0}")]
     State(String),
+}
+
+/// Gives a failed call the name of what it was to do.
+pub(crate) fn call<E: Into<io::Error>>(operation: impl Into<String>) -> impl FnOnce(E) -> KvmError {
+    move |error| KvmError::Call { operation: operation.into(), source: error.into() }
 }

@@ -35,6 +35,8 @@ pub enum Ending {
         /// The hardware's reason.
         reason: u64,
     },
+    /// The exit handler panicked.
+    HandlerPanicked,
     /// An exit that this crate does not know.
     UnknownExit(
         /// The exit in words.
@@ -55,6 +57,7 @@ impl fmt::Display for Ending {
             Self::Halted => write!(f, "it halted and nothing can wake it"),
             Self::InternalError { suberror } => write!(f, "KVM internal error {suberror}"),
             Self::FailedEntry { reason } => write!(f, "the CPU refused its state (reason {reason:#x})"),
+            Self::HandlerPanicked => write!(f, "the VMM's exit handler panicked"),
             Self::UnknownExit(exit) => write!(f, "an exit nobody handles: {exit}"),
             Self::RunFailed { errno } => write!(f, "KVM_RUN: {}", std::io::Error::from_raw_os_error(*errno)),
         }

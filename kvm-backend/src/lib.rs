@@ -15,17 +15,31 @@
 //! 5. [`Machine::throttle`], [`Machine::pause`], [`Machine::save`] at the source, [`Machine::load`] and
 //!    [`Machine::resume`] at the destination.
 
-pub mod dirty_log;
-pub mod error;
-pub mod exit;
-pub mod host;
-pub mod host_writes;
-pub mod machine;
+#![deny(unsafe_code)]
 
+mod config;
+mod cpuid;
+mod crew;
+mod dirty_log;
+mod error;
+mod exit;
+mod host;
+mod host_writes;
+mod ioctl;
+mod kick;
+mod machine;
+mod packed;
+mod state;
+mod throttle;
+mod vcpu;
+mod vm;
+
+pub use config::MachineConfig;
+pub use cpuid::missing_features;
 pub use dirty_log::{DirtyLog, DirtyLogMode};
 pub use error::KvmError;
 pub use exit::{Ending, ExitHandler, Reaction};
-pub use host::Host;
+pub use host::{Features, Host};
 pub use host_writes::HostWrites;
-pub use machine::{IrqLine, Machine, MachineConfig, PausedVcpu};
+pub use machine::{IrqLine, Machine, PausedVcpu};
 pub use {kvm_bindings, kvm_ioctls};

@@ -1,5 +1,5 @@
 #!/bin/bash
-# Boots Linux under the example VMM inside the emulated machine, and moves it four times to a second machine of the
+# Boots Linux under the example VMM in the emulated machine, and moves it four times to a second machine of the
 # same process while it writes files: the unit test `a_running_linux_guest_goes_on_in_another_machine`.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
@@ -13,7 +13,5 @@ cat > "$WORK/test" <<'T'
 export PAGEFERRY_TEST_KERNEL=/guest/vmlinux PAGEFERRY_TEST_INITRD=/guest/initramfs
 exec /bin/migrate-test --nocapture a_running_linux_guest
 T
-"$NESTED/initramfs.sh" -o "$WORK/machine.cpio" -i "$NESTED/inside/init" -k "$KERNEL_VERSION" $KVM_MODULES \
-    -b "$ROOT/$test_binary:/bin/migrate-test" -f "$WORK/test:/test" \
-    -f "$WORK/vmlinux:/guest/vmlinux" -f "$WORK/guest.cpio:/guest/initramfs"
+make_machine_initramfs -b "$ROOT/$test_binary:/bin/migrate-test" -f "$WORK/test:/test"
 "$NESTED/boot.sh" -k "$WORK/vmlinux" -i "$WORK/machine.cpio" -t "${TIMEOUT:-300}"

@@ -9,6 +9,7 @@ mod cli;
 mod guest;
 #[allow(dead_code, unused_imports)]
 mod machine;
+mod payload;
 mod process_guest;
 mod progress;
 mod report;
@@ -21,6 +22,15 @@ use std::process::ExitCode;
 
 use clap::Parser;
 
+use cli::{Cli, ExitStatus};
+
 fn main() -> ExitCode {
-    roles::run(&cli::Cli::parse().command).into()
+    match Cli::try_parse() {
+        Ok(cli) => roles::run(&cli.command).into(),
+        Err(answer) => {
+            // Nobody is left to tell if this cannot be printed.
+            let _ = answer.print();
+            if answer.use_stderr() { ExitStatus::Usage.into() } else { ExitCode::SUCCESS }
+        }
+    }
 }

@@ -10,7 +10,7 @@ pub(crate) enum ExitStatus {
     Completed = 0,
     /// The migration failed; the guest is at the source.
     Failed = 1,
-    /// The command line was wrong. (The argument parser's own code.)
+    /// The command line was wrong.
     Usage = 2,
     /// The migration was cancelled; the guest is at the source.
     Cancelled = 3,

@@ -33,6 +33,9 @@ pub(crate) struct Limits {
     /// Give up on a peer that says nothing for this long
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10s")]
     pub(crate) peer_timeout: Duration,
+    /// How long to go on asking who owns the guest when the link breaks at the hand-over
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "30s")]
+    pub(crate) settle_window: Duration,
 }
 
 /// The network the pages take.
@@ -88,6 +91,7 @@ impl Limits {
             Verify::Full => pageferry::config::Verify::Full,
         };
         config.peer_timeout = self.peer_timeout;
+        config.settle_window = self.settle_window;
         config
     }
 }

@@ -104,6 +104,9 @@ pub(crate) struct ReceiveOptions {
     /// Give up on a peer that says nothing for this long
     #[arg(long, value_name = "TIME", value_parser = duration, default_value = "10s", help_heading = "Limits")]
     pub(crate) peer_timeout: Duration,
+    /// How long to wait to be asked who owns the guest when the link breaks at the hand-over
+    #[arg(long, value_name = "TIME", value_parser = duration, default_value = "30s", help_heading = "Limits")]
+    pub(crate) settle_window: Duration,
     #[command(flatten)]
     pub(crate) linger: Linger,
     #[command(flatten)]

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::devices::DevicesState;
 use super::error::MachineError;
-use super::guest::Guest;
+use super::pc::{Kind, Pc};
 
 /// Changes whenever one of the blocks does.
 const VERSION: u16 = 1;
@@ -21,10 +21,8 @@ const STATE_MAX: u64 = 64 << 20;
 #[derive(Serialize, Deserialize, Debug, PartialEq, Eq)]
 pub(super) struct Description {
     pub(super) ram_bytes: u64,
-    pub(super) backing: GuestBacking,
-    /// 0 when KVM does not say.
-    pub(super) tsc_khz: u32,
-    /// vCPU count and CPUID: [`pageferry_kvm::MachineConfig`].
+    pub(super) kind: Kind,
+    /// vCPU count, CPUID and clock speed: [`pageferry_kvm::MachineConfig`].
     pub(super) machine: Vec<u8>,
 }
 
@@ -68,29 +66,14 @@ impl From<GuestBacking> for Backing {
     }
 }
 
-/// Clocks this close count as equal: a guest corrects as much by itself (NTP's own limit is 500).
-const CLOCK_TOLERANCE_PPM: u64 = 250;
-
 impl Description {
-    pub(super) fn of(guest: &Guest) -> Self {
-        let memory = guest.machine.memory();
-        Self {
+    pub(super) fn of(pc: &Pc) -> Result<Self, MachineError> {
+        let memory = pc.machine.memory();
+        Ok(Self {
             ram_bytes: memory.layout().regions().iter().map(|region| region.len).sum(),
-            backing: guest.backing,
-            tsc_khz: guest.tsc_khz,
-            machine: guest.machine.config().to_bytes(),
-        }
-    }
-
-    /// Refuses a guest whose clock would run at another speed here.
-    pub(super) fn check_clock(&self, guest: &Guest) -> Result<(), MachineError> {
-        let (theirs, ours) = (self.tsc_khz, guest.tsc_khz);
-        let known = theirs != 0 && ours != 0;
-        let apart = u64::from(theirs.abs_diff(ours)) * 1_000_000;
-        if known && apart > u64::from(theirs) * CLOCK_TOLERANCE_PPM && !guest.can_scale_clock() {
-            return Err(MachineError::Clock { theirs, ours });
-        }
-        Ok(())
+            kind: pc.kind,
+            machine: pc.machine.config().to_bytes(),
+        })
     }
 
     pub(super) fn write(&self, out: &mut dyn io::Write) -> io::Result<()> {
@@ -138,7 +121,8 @@ mod tests {
     use super::*;
 
     fn description() -> Description {
-        Description { ram_bytes: 1 << 30, backing: GuestBacking::Memfd, tsc_khz: 2_000_000, machine: vec![1, 2, 3] }
+        let kind = Kind { backing: GuestBacking::Memfd, payload: true };
+        Description { ram_bytes: 1 << 30, kind, machine: vec![1, 2, 3] }
     }
 
     #[test]

@@ -10,7 +10,8 @@ use pageferry_kvm::{DirtyLogMode, Host, MachineConfig};
 use super::boot::{BootError, MAX_VCPUS};
 use super::description::{Description, GuestBacking, State};
 use super::error::MachineError;
-use super::guest::{ConsoleEnds, Guest, GuestHandle, map_memory};
+use super::handle::GuestHandle;
+use super::pc::{ConsoleEnds, Kind, Pc, map_memory};
 use super::source::LiveGuest;
 use super::{ram, room};
 
@@ -33,27 +34,27 @@ pub(crate) struct ArrivalConfig {
 #[derive(Debug)]
 pub(crate) struct ArrivingGuest {
     config: ArrivalConfig,
-    guest: Option<Guest>,
+    pc: Option<Pc>,
 }
 
 impl ArrivingGuest {
     /// An empty place.
     pub(crate) fn new(config: ArrivalConfig) -> Self {
-        Self { config, guest: None }
+        Self { config, pc: None }
     }
 
     /// Shows the guest, once there is one.
     pub(crate) fn handle(&self) -> Option<GuestHandle> {
-        self.guest.as_ref().map(Guest::handle)
+        self.pc.as_ref().map(Pc::handle)
     }
 
     /// The guest that has arrived, ready to be migrated on; `None` when none has.
     pub(crate) fn into_live(self) -> Option<LiveGuest> {
         let mode = self.config.dirty_log;
-        self.guest.map(|guest| LiveGuest::new(guest, mode))
+        self.pc.map(|pc| LiveGuest::new(pc, mode))
     }
 
-    fn make_room(&mut self, description: &Description, layout: &Layout) -> Result<Guest, MachineError> {
+    fn make_room(&mut self, description: &Description, layout: &Layout) -> Result<Pc, MachineError> {
         let host = Host::open()?;
         let machine = MachineConfig::from_bytes(&description.machine)?;
         if !(1..=u32::from(MAX_VCPUS)).contains(&machine.vcpus) {
@@ -63,45 +64,44 @@ impl ArrivingGuest {
         if expected != *layout {
             return Err(MachineError::invalid("memory layout", &"it is not one of this program's"));
         }
-        let backing = self.config.backing.unwrap_or(description.backing);
+        let backing = self.config.backing.unwrap_or(description.kind.backing);
         room::check(description.ram_bytes, backing.into(), self.config.max_memory)?;
         let memory = map_memory(expected, backing)?;
         if self.config.prefault {
             let bytes = description.ram_bytes;
             memory.prefault().map_err(|source| MachineError::Map { bytes, backing: backing.name(), source })?;
         }
-        let guest = Guest::new(&host, machine, memory, backing, std::mem::take(&mut self.config.console))?;
-        description.check_clock(&guest)?;
-        Ok(guest)
+        let kind = Kind { backing, ..description.kind };
+        Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))
     }
 
-    fn guest(&self) -> Result<&Guest, MachineError> {
-        self.guest.as_ref().ok_or(MachineError::NotPrepared)
+    fn pc(&self) -> Result<&Pc, MachineError> {
+        self.pc.as_ref().ok_or(MachineError::NotPrepared)
     }
 }
 
 impl DestinationVm for ArrivingGuest {
     fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
-        let guest = self.make_room(&Description::read(config)?, layout)?;
-        let memory = Arc::clone(guest.machine.memory());
-        self.guest = Some(guest);
+        let pc = self.make_room(&Description::read(config)?, layout)?;
+        let memory = Arc::clone(pc.machine.memory());
+        self.pc = Some(pc);
         Ok(memory)
     }
 
     fn load(&mut self, state: &mut dyn io::Read) -> VmResult<()> {
         let state = State::read(state)?;
-        Ok(self.guest()?.load(state)?)
+        Ok(self.pc()?.load(state)?)
     }
 
     fn commit(&mut self, run: bool) -> VmResult<()> {
-        let guest = self.guest()?;
+        let pc = self.pc()?;
         if run {
-            guest.resume()?;
+            pc.resume()?;
         }
         Ok(())
     }
 
     fn abort(&mut self) {
-        self.guest = None;
+        self.pc = None;
     }
 }

@@ -23,7 +23,7 @@ const COMMANDS_MAX: usize = 64;
 pub(super) struct Devices {
     console: Mutex<Console>,
     commands: Mutex<VecDeque<u32>>,
-    watch: Arc<Watch>,
+    pub(super) watch: Arc<Watch>,
 }
 
 /// State of all devices: part of the machine state.
@@ -31,10 +31,12 @@ pub(super) struct Devices {
 pub(super) struct DevicesState {
     pub(super) console: ConsoleState,
     commands: Vec<u32>,
+    ready: bool,
 }
 
 impl Devices {
-    pub(super) fn new(interrupt: Interrupt, echo: Option<Box<dyn Write + Send>>, watch: Arc<Watch>) -> Self {
+    pub(super) fn new(interrupt: Interrupt, echo: Option<Box<dyn Write + Send>>) -> Self {
+        let watch = Arc::<Watch>::default();
         let lines = Arc::clone(&watch);
         Self {
             console: Mutex::new(Console::new(interrupt, echo, Box::new(move |line| lines.line(line)))),
@@ -59,7 +61,11 @@ impl Devices {
     }
 
     pub(super) fn save(&self) -> DevicesState {
-        DevicesState { console: lock(&self.console).save(), commands: lock(&self.commands).iter().copied().collect() }
+        DevicesState {
+            console: lock(&self.console).save(),
+            commands: lock(&self.commands).iter().copied().collect(),
+            ready: self.watch.is_ready(),
+        }
     }
 
     pub(super) fn load(&self, state: DevicesState) -> Result<(), MachineError> {
@@ -68,6 +74,7 @@ impl Devices {
         }
         lock(&self.console).load(state.console)?;
         *lock(&self.commands) = state.commands.into();
+        self.watch.set_ready(state.ready);
         Ok(())
     }
 
@@ -113,7 +120,8 @@ impl ExitHandler for Devices {
     fn pio_in(&self, _vcpu: u32, port: u16, data: &mut [u8]) -> Reaction {
         match port {
             ports::COMMAND => fill(data, self.take_command()),
-            ports::KEYBOARD => data.fill(ports::KEYBOARD_IDLE),
+            ports::KEYBOARD => data.fill(ports::KEYBOARD_STATUS),
+            ports::CLOCK_DATA => data.fill(0),
             _ if ports::SERIAL.contains(&port) => self.serial_in(port, data),
             _ => data.fill(0xff),
         }
@@ -148,7 +156,7 @@ mod tests {
     use super::*;
 
     fn devices() -> Devices {
-        Devices::new(Interrupt(None), None, Arc::new(Watch::default()))
+        Devices::new(Interrupt(None), None)
     }
 
     fn read(devices: &Devices, port: u16) -> u32 {

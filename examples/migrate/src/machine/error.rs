@@ -1,6 +1,7 @@
 //! What can go wrong with the example's machine, in words for its operator.
 
 use std::io;
+use std::time::Duration;
 
 use pageferry::memory::LayoutError;
 use pageferry_kvm::KvmError;
@@ -38,11 +39,6 @@ pub(crate) enum MachineError {
     /// The destination has no room.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
-    /// The guest's clock would change its speed.
-    #[error(
-        "the guest's time stamp counter runs at {theirs} kHz, this host's at {ours} kHz, and its KVM cannot scale it: use a host of the same clock speed"
-    )]
-    Clock { theirs: u32, ours: u32 },
     /// Another version of this program, or not this program.
     #[error(
         "the source describes its machine in version {theirs}, this side knows version {ours}: use the same `migrate` on both sides"
@@ -51,6 +47,15 @@ pub(crate) enum MachineError {
     /// Bytes from the peer that make no sense.
     #[error("the source's {what} cannot be understood: {why}")]
     Invalid { what: &'static str, why: String },
+    /// The guest ran into its end.
+    #[error("the guest has ended: {0}")]
+    Ended(String),
+    /// The payload found itself unable to go on.
+    #[error("the guest has panicked: {0}")]
+    Panicked(String),
+    /// The payload did not answer.
+    #[error("the guest has not {what} for {patience:?}; is it running?")]
+    Silent { what: &'static str, patience: Duration },
     /// Calls in an order that the engine never uses.
     #[error("no guest has been prepared")]
     NotPrepared,

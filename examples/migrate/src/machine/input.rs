@@ -138,7 +138,6 @@ fn wait_readable(from: &File, timeout_ms: i32) -> io::Result<bool> {
 mod tests {
     use super::*;
     use crate::machine::console::Interrupt;
-    use crate::machine::watch::Watch;
     use std::io::Write;
     use std::os::fd::AsFd;
 
@@ -153,7 +152,7 @@ mod tests {
     #[test]
     fn what_is_typed_while_the_gate_is_closed_stays_in_the_terminal() {
         let (terminal, mut typist) = std::io::pipe().unwrap();
-        let devices = Arc::new(Devices::new(Interrupt(None), None, Arc::new(Watch::default())));
+        let devices = Arc::new(Devices::new(Interrupt(None), None));
         let input = Input::start(terminal.as_fd(), Arc::clone(&devices)).unwrap();
         input.open();
         typist.write_all(b"a").unwrap();
@@ -170,7 +169,7 @@ mod tests {
     #[test]
     fn no_byte_is_lost_when_the_guest_does_not_read() {
         let (terminal, mut typist) = std::io::pipe().unwrap();
-        let devices = Arc::new(Devices::new(Interrupt(None), None, Arc::new(Watch::default())));
+        let devices = Arc::new(Devices::new(Interrupt(None), None));
         let input = Input::start(terminal.as_fd(), Arc::clone(&devices)).unwrap();
         input.open();
         typist.write_all(&[b'x'; 100]).unwrap();

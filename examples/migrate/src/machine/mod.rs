@@ -11,22 +11,24 @@ mod description;
 mod destination;
 mod devices;
 mod error;
-mod guest;
+mod handle;
 mod input;
+mod pc;
 mod ports;
 mod ram;
 mod room;
 mod source;
-mod topology;
 mod watch;
 
 #[cfg(test)]
 mod tests;
 
-pub(crate) use boot::BootImage;
+pub(crate) use boot::{BootImage, Boots};
 pub(crate) use description::GuestBacking;
 pub(crate) use destination::{ArrivalConfig, ArrivingGuest};
 pub(crate) use error::MachineError;
-pub(crate) use guest::{ConsoleEnds, GuestHandle};
+pub(crate) use handle::GuestHandle;
+pub(crate) use pc::ConsoleEnds;
+pub(crate) use room::check as check_room;
 pub(crate) use source::{GuestConfig, LiveGuest};
-pub(crate) use watch::{Beat, GuestLine};
+pub(crate) use watch::{Beats, GuestLine};

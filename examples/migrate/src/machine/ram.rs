@@ -2,7 +2,7 @@
 //! interrupt controllers, and the rest from 4 GiB on, as on every PC.
 #![allow(unsafe_code)]
 
-use pageferry::memory::{GuestMemory, Layout, MappedMemory, Region};
+use pageferry::memory::{GuestMemory, Layout, Region};
 use vm_memory::{GuestAddress, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
 
 use super::error::MachineError;
@@ -29,7 +29,7 @@ pub(crate) fn layout(ram_bytes: u64) -> Result<Layout, MachineError> {
 }
 
 /// The same memory as the kernel loader knows it.
-pub(super) fn loader_view(memory: &MappedMemory) -> Result<GuestMemoryMmap, MachineError> {
+pub(super) fn loader_view(memory: &dyn GuestMemory) -> Result<GuestMemoryMmap, MachineError> {
     let regions = memory.layout().iter().filter_map(|(id, region)| {
         let window = memory.window(id)?;
         let protection = libc::PROT_READ | libc::PROT_WRITE;

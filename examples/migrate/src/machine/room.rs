@@ -21,7 +21,7 @@ pub(crate) enum NoRoom {
 }
 
 /// Refuses a guest of `needed` bytes that would exceed the operator's limit or this host's memory.
-pub(super) fn check(needed: u64, backing: Backing, limit: Option<u64>) -> Result<(), NoRoom> {
+pub(crate) fn check(needed: u64, backing: Backing, limit: Option<u64>) -> Result<(), NoRoom> {
     // Without /proc the host cannot be asked; it will refuse by itself.
     let memory_info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     check_against(needed, backing, limit, &memory_info)

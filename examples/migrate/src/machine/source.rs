@@ -8,11 +8,12 @@ use pageferry::memory::GuestMemory;
 use pageferry::vm::{SourceVm, VmResult};
 use pageferry_kvm::{DirtyLog, DirtyLogMode, Host, Machine, MachineConfig};
 
-use super::boot::{self, BootError, BootImage, Entry, MAX_VCPUS};
+use super::boot::{self, BootError, Boots, Entry, MAX_VCPUS};
 use super::description::{Description, GuestBacking};
 use super::error::MachineError;
-use super::guest::{ConsoleEnds, Guest, GuestHandle, map_memory};
-use super::{ram, topology};
+use super::handle::GuestHandle;
+use super::pc::{ConsoleEnds, Kind, Pc, map_memory};
+use super::ram;
 
 /// A guest to boot.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub(crate) struct GuestConfig {
     /// What its memory is made of.
     pub(crate) backing: GuestBacking,
     /// What it boots.
-    pub(crate) image: BootImage,
+    pub(crate) boots: Boots,
     /// Where its console leads.
     pub(crate) console: ConsoleEnds,
     /// How writes to its memory are tracked.
@@ -34,7 +35,7 @@ pub(crate) struct GuestConfig {
 /// A guest that runs here.
 #[derive(Debug)]
 pub(crate) struct LiveGuest {
-    guest: Guest,
+    pc: Pc,
     dirty: DirtyLog,
 }
 
@@ -46,22 +47,23 @@ impl LiveGuest {
         let vcpus = u8::try_from(config.vcpus).ok().filter(|&count| (1..=MAX_VCPUS).contains(&count));
         let vcpus = vcpus.ok_or(BootError::VcpuCount { vcpus: config.vcpus, most })?;
         let memory = map_memory(ram::layout(config.ram_bytes)?, config.backing)?;
-        let mut machine = MachineConfig::new(&host, config.vcpus);
-        topology::set(&mut machine.cpuid, config.vcpus);
-        let entry = boot::load(&ram::loader_view(&memory)?, config.ram_bytes, vcpus, &config.image)?;
-        let guest = Guest::new(&host, machine, memory, config.backing, config.console)?;
-        enter(&guest.machine, entry)?;
-        Ok(Self::new(guest, config.dirty_log))
+        let machine = MachineConfig::new(&host, config.vcpus);
+        let kind = Kind { backing: config.backing, payload: matches!(config.boots, Boots::Payload(_)) };
+        let pc = Pc::new(&host, machine, memory, kind, config.console)?;
+        let image = config.boots.image(config.vcpus, pc.machine.config().tsc_khz.unwrap_or(0));
+        let entry = boot::load(&ram::loader_view(&**pc.machine.memory())?, config.ram_bytes, vcpus, &image)?;
+        enter(&pc.machine, entry)?;
+        Ok(Self::new(pc, config.dirty_log))
     }
 
-    pub(super) fn new(guest: Guest, mode: DirtyLogMode) -> Self {
-        let dirty = guest.machine.dirty_log(mode);
-        Self { guest, dirty }
+    pub(super) fn new(pc: Pc, mode: DirtyLogMode) -> Self {
+        let dirty = pc.machine.dirty_log(mode);
+        Self { pc, dirty }
     }
 
     /// Shows the guest to others.
     pub(crate) fn handle(&self) -> GuestHandle {
-        self.guest.handle()
+        self.pc.handle()
     }
 }
 
@@ -75,7 +77,7 @@ fn enter(machine: &Machine, entry: Entry) -> Result<(), MachineError> {
 
 impl SourceVm for LiveGuest {
     fn memory(&self) -> Arc<dyn GuestMemory> {
-        Arc::clone(self.guest.machine.memory()) as _
+        Arc::clone(self.pc.machine.memory()) as _
     }
 
     fn dirty(&mut self) -> &mut dyn DirtySource {
@@ -83,26 +85,26 @@ impl SourceVm for LiveGuest {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
-        Ok(Description::of(&self.guest).write(out)?)
+        Ok(Description::of(&self.pc)?.write(out)?)
     }
 
     fn is_running(&self) -> bool {
-        self.guest.machine.is_running()
+        self.pc.machine.is_running()
     }
 
     fn pause(&mut self) -> VmResult<()> {
-        Ok(self.guest.pause()?)
+        Ok(self.pc.pause()?)
     }
 
     fn resume(&mut self) -> VmResult<()> {
-        Ok(self.guest.resume()?)
+        Ok(self.pc.resume()?)
     }
 
     fn throttle(&mut self, percent: u8) -> VmResult<()> {
-        Ok(self.guest.machine.throttle(percent)?)
+        Ok(self.pc.machine.throttle(percent)?)
     }
 
     fn save(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
-        Ok(self.guest.save()?.write(out)?)
+        Ok(self.pc.save()?.write(out)?)
     }
 }

@@ -79,7 +79,7 @@ fn a_running_linux_guest_goes_on_in_another_machine() {
         ram_bytes: 256 << 20,
         vcpus: 2,
         backing: GuestBacking::Anonymous,
-        image,
+        boots: Boots::Image(image),
         console: ConsoleEnds::default(),
         dirty_log: DirtyLogMode::Best,
     };

@@ -1,11 +1,12 @@
 //! What the host sees of a guest: its lines, its heartbeats and its end.
 
-use std::sync::{Condvar, Mutex};
+use std::sync::Mutex;
 use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::devices::lock;
+use crate::workload::line::Line;
 
 /// A line that the guest has printed.
 #[derive(Clone, Debug)]
@@ -16,61 +17,72 @@ pub(crate) struct GuestLine {
     pub(crate) text: String,
 }
 
-/// A heartbeat of our payload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Beat {
-    /// When it happened.
-    pub(crate) at: Instant,
-    /// The guest's own count.
-    pub(crate) number: u32,
+/// The payload's heartbeats on this side.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub(crate) struct Beats {
+    /// How many.
+    pub(crate) count: u64,
+    /// When the last one came, and the guest's own number for it.
+    pub(crate) last: Option<(Instant, u32)>,
 }
 
 /// Collects what the guest does; shared by the devices and everyone who listens.
 #[derive(Debug, Default)]
-pub(super) struct Watch {
-    seen: Mutex<Seen>,
-    changed: Condvar,
-}
+pub(super) struct Watch(Mutex<Seen>);
 
 #[derive(Debug, Default)]
 struct Seen {
     listeners: Vec<Sender<GuestLine>>,
-    last_beat: Option<Beat>,
-    ended: Option<String>,
+    beats: Beats,
+    ready: bool,
+    end: Option<String>,
 }
 
 impl Watch {
-    /// Every line from now on. Drop the receiver to stop listening.
+    /// Every line from now on, until the guest ends. Drop the receiver to stop listening.
     pub(super) fn listen(&self) -> Receiver<GuestLine> {
         let (sender, receiver) = unbounded();
-        lock(&self.seen).listeners.push(sender);
+        let mut seen = lock(&self.0);
+        if seen.end.is_none() {
+            seen.listeners.push(sender);
+        }
         receiver
     }
 
     pub(super) fn line(&self, text: &str) {
         let line = GuestLine { at: Instant::now(), text: text.to_owned() };
-        lock(&self.seen).listeners.retain(|listener| listener.send(line.clone()).is_ok());
+        let mut seen = lock(&self.0);
+        seen.ready |= matches!(Line::parse(text), Some(Line::Ready { .. }));
+        seen.listeners.retain(|listener| listener.send(line.clone()).is_ok());
     }
 
     pub(super) fn beat(&self, number: u32) {
-        lock(&self.seen).last_beat = Some(Beat { at: Instant::now(), number });
-        self.changed.notify_all();
+        let beats = &mut lock(&self.0).beats;
+        *beats = Beats { count: beats.count + 1, last: Some((Instant::now(), number)) };
     }
 
-    pub(super) fn last_beat(&self) -> Option<Beat> {
-        lock(&self.seen).last_beat
+    pub(super) fn beats(&self) -> Beats {
+        lock(&self.0).beats
+    }
+
+    /// The payload has filled its memory.
+    pub(super) fn is_ready(&self) -> bool {
+        lock(&self.0).ready
+    }
+
+    pub(super) fn set_ready(&self, ready: bool) {
+        lock(&self.0).ready = ready;
     }
 
     /// The guest has ended; nobody will hear another line.
     pub(super) fn ended(&self, why: String) {
-        let mut seen = lock(&self.seen);
-        seen.ended = Some(why);
+        let mut seen = lock(&self.0);
+        seen.end = Some(why);
         seen.listeners.clear();
-        self.changed.notify_all();
     }
 
     pub(super) fn end(&self) -> Option<String> {
-        lock(&self.seen).ended.clone()
+        lock(&self.0).end.clone()
     }
 }
 
@@ -89,5 +101,15 @@ mod tests {
         let heard: Vec<String> = early.iter().map(|line| line.text).collect();
         assert_eq!(heard, ["one", "two"]);
         assert_eq!(watch.end().as_deref(), Some("it was reset"));
+        assert!(watch.listen().recv().is_err(), "nobody waits for a guest that has ended");
+    }
+
+    #[test]
+    fn the_payload_says_when_it_is_ready() {
+        let watch = Watch::default();
+        watch.line("[    0.000000] Linux version 6.1");
+        assert!(!watch.is_ready());
+        watch.line("ready ms=812");
+        assert!(watch.is_ready());
     }
 }

@@ -18,7 +18,6 @@ use crate::workload::params::Params;
 #[derive(Debug)]
 pub(crate) struct ArrivingProcessGuest {
     backing: Backing,
-    max_memory: Option<u64>,
     prepared: Option<(Ram, Params)>,
     /// The guest's threads: held from `load` to `commit`.
     vcpus: Option<Vcpus>,
@@ -26,9 +25,9 @@ pub(crate) struct ArrivingProcessGuest {
 }
 
 impl ArrivingProcessGuest {
-    /// A place whose memory will be backed like this, and hold so many bytes at most.
-    pub(crate) fn new(backing: Backing, max_memory: Option<u64>) -> Self {
-        Self { backing, max_memory, prepared: None, vcpus: None, running: false }
+    /// A place whose memory will be backed like this.
+    pub(crate) fn new(backing: Backing) -> Self {
+        Self { backing, prepared: None, vcpus: None, running: false }
     }
 
     fn here(&self) -> Result<&Vcpus, ProcessGuestError> {

@@ -87,15 +87,17 @@ mod tests {
     #[test]
     fn the_gap_across_a_move_is_one_of_the_gaps() {
         let source = Heart::default();
-        [1_000, 2_000, 5_000].into_iter().for_each(|now| source.look_at(now));
-        assert_eq!(source.longest_gap(), Duration::from_nanos(3_000));
+        for now in [1_000_000, 2_000_000, 5_000_000] {
+            source.look_at(now);
+        }
+        assert_eq!(source.longest_gap(), Duration::from_millis(3));
         let destination = Heart::resumed(source.save());
-        destination.look_at(25_000);
-        destination.look_at(25_100);
-        assert_eq!(destination.longest_gap(), Duration::from_nanos(20_000));
+        destination.look_at(25_000_000);
+        destination.look_at(25_100_000);
+        assert_eq!(destination.longest_gap(), Duration::from_millis(20));
         destination.reset();
-        destination.look_at(25_300);
-        assert_eq!(destination.longest_gap(), Duration::from_nanos(200));
+        destination.look_at(25_300_000);
+        assert_eq!(destination.longest_gap(), Duration::from_micros(200));
     }
 
     #[test]

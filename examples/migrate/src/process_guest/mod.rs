@@ -87,7 +87,7 @@ mod tests {
 
     /// Moves a paused guest by plain copying.
     fn moved(source: &mut ProcessGuest) -> (ArrivingProcessGuest, std::sync::Arc<dyn GuestMemory>) {
-        let mut destination = ArrivingProcessGuest::new(Backing::Memfd, None);
+        let mut destination = ArrivingProcessGuest::new(Backing::Memfd);
         let (mut config, mut state) = (Vec::new(), Vec::new());
         source.describe(&mut config).unwrap();
         source.save(&mut state).unwrap();
@@ -152,7 +152,7 @@ mod tests {
     #[test]
     fn impossible_sizes_and_foreign_descriptions_are_refused() {
         assert!(ProcessGuest::start(4095, Backing::Anonymous, params(Writes::Few)).is_err());
-        let mut destination = ArrivingProcessGuest::new(Backing::Anonymous, None);
+        let mut destination = ArrivingProcessGuest::new(Backing::Anonymous);
         let layout = ram::Ram::layout(MEMORY).unwrap();
         assert!(destination.prepare(b"not a guest", &layout).is_err());
         assert!(destination.self_check().is_err());

@@ -58,7 +58,7 @@ const SCAN_BATCH: usize = 512;
 
 #[repr(C)]
 struct Api {
-    api: u64,
+    version: u64,
     features: u64,
     ioctls: u64,
 }
@@ -137,7 +137,7 @@ impl WriteTracker {
     pub(crate) fn new() -> Result<Self, TrackingError> {
         let uffd = userfaultfd().map_err(TrackingError::Userfaultfd)?;
         let features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
-        let mut api = Api { api: UFFD_API, features, ioctls: 0 };
+        let mut api = Api { version: UFFD_API, features, ioctls: 0 };
         ioctl(uffd.as_raw_fd(), iowr::<Api>(0xAA, 0x3F), &mut api).map_err(TrackingError::WriteProtect)?;
         let pagemap = File::open("/proc/self/pagemap").map_err(TrackingError::Pagemap)?;
         Ok(Self { uffd, pagemap })

@@ -133,12 +133,16 @@ mod tests {
         for backing in [Backing::Anonymous, Backing::Memfd] {
             let memory = memory(backing);
             // Some pages exist before tracking starts, some do not.
-            (0..PAGES / 2).for_each(|page| write(&memory, 0, page, 1));
+            for page in 0..PAGES / 2 {
+                write(&memory, 0, page, 1);
+            }
             let Some(mut tracker) = started(&memory) else { return };
             assert_eq!(harvest(&mut tracker), BTreeSet::new(), "{backing:?}");
             let truth: BTreeSet<_> =
                 (0..PAGES).step_by(3).flat_map(|page| [(0, page), (2, PAGES - 1 - page)]).collect();
-            truth.iter().for_each(|&(region, page)| write(&memory, region, page, 2));
+            for &(region, page) in &truth {
+                write(&memory, region, page, 2);
+            }
             assert_eq!(harvest(&mut tracker), truth, "{backing:?}");
             assert_eq!(harvest(&mut tracker), BTreeSet::new(), "{backing:?}");
             write(&memory, 2, 5, 3);

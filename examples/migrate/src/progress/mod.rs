@@ -85,6 +85,15 @@ impl Screen {
         }
     }
 
+    /// The end of a run that came to nothing.
+    pub(crate) fn not_started(&self, report: &FinalReport) {
+        let inner = self.lock();
+        match &inner.style {
+            Style::Json => print_json(report),
+            style => style.say(&format!("error: {}", report.error.as_deref().unwrap_or("no reason given"))),
+        }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

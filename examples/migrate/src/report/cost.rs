@@ -29,7 +29,7 @@ pub(crate) fn peak_rss() -> u64 {
     usage().ru_maxrss as u64 * 1024
 }
 
-/// CPU time of the guest's threads, which are the ones called `vcpu...`.
+/// CPU time of the guest's threads, which are the ones called `vcpu-` and a number.
 fn guest_time() -> Duration {
     let threads = fs::read_dir("/proc/self/task").into_iter().flatten().flatten();
     threads.filter_map(|thread| vcpu_time(&thread.path())).sum()
@@ -37,9 +37,7 @@ fn guest_time() -> Duration {
 
 fn vcpu_time(thread: &Path) -> Option<Duration> {
     let name = fs::read_to_string(thread.join("comm")).ok()?;
-    if !name.starts_with("vcpu") {
-        return None;
-    }
+    name.trim_end().strip_prefix("vcpu-")?.parse::<u32>().ok()?;
     let times = fs::read_to_string(thread.join("schedstat")).ok()?;
     times.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
 }
@@ -73,7 +71,7 @@ mod tests {
     fn work_for(time: Duration) {
         let before = process_time();
         let mut sum = 0u64;
-        while process_time() - before < time {
+        while process_time() < before + time {
             sum = std::hint::black_box(sum + 1);
         }
     }
@@ -84,7 +82,7 @@ mod tests {
         work_for(Duration::from_millis(20));
         assert!(clock.split().0 + clock.split().1 >= 0.02);
         let (_, before) = clock.split();
-        let vcpu = std::thread::Builder::new().name("vcpu-test".to_owned());
+        let vcpu = std::thread::Builder::new().name("vcpu-7".to_owned());
         let guest = vcpu.spawn(move || {
             work_for(Duration::from_millis(50));
             clock.split().1

@@ -212,7 +212,7 @@ impl FinalReport {
             role,
             outcome,
             owner,
-            error: result.as_ref().err().map(|failed| failed.to_string()),
+            error: result.as_ref().err().map(ToString::to_string),
             total_ms: ms(report.total),
             downtime_ms: knows_downtime.then(|| ms(report.downtime.total())),
             downtime_parts_ms: knows_downtime.then(|| DowntimeParts::from(&report.downtime)),
@@ -237,6 +237,12 @@ impl FinalReport {
     /// The report of a run that came to nothing before a migration began.
     pub(crate) fn not_started(role: Role, error: String) -> Self {
         let error = Error::Misuse(error);
+        Self::new(role, &Err(Failed::SourceStillOwns { error, report: Box::default() }))
+    }
+
+    /// The report of a run that the operator ended before a migration began.
+    pub(crate) fn ended_early(role: Role) -> Self {
+        let error = Error::Cancelled;
         Self::new(role, &Err(Failed::SourceStillOwns { error, report: Box::default() }))
     }
 
@@ -284,6 +290,8 @@ fn outcome_of(result: &Result<Report, Failed>) -> (Outcome, Owner) {
 
 #[cfg(test)]
 mod tests {
+    use pageferry::wire::SessionId;
+
     use super::*;
 
     fn completed() -> FinalReport {
@@ -323,7 +331,7 @@ mod tests {
         let timed_out = failed(Failed::SourceStillOwns { error, report: report() });
         assert_eq!((timed_out.owner, timed_out.exit_status()), (Owner::Source, ExitStatus::Failed));
         let error = Error::TimedOut(Duration::from_secs(1));
-        let undecided = failed(Failed::Undecided { error, report: report() });
+        let undecided = failed(Failed::Undecided { session: SessionId([0; 16]), error, report: report() });
         assert_eq!((undecided.owner, undecided.exit_status()), (Owner::Undecided, ExitStatus::Undecided));
         let error = Error::TimedOut(Duration::from_secs(1));
         let late = failed(Failed::DestinationOwns { error, report: report() });

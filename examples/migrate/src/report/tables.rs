@@ -85,6 +85,10 @@ fn summary(report: &FinalReport) -> Vec<String> {
     if let Some(stall) = report.guest_longest_stall_ms {
         lines.push(format!("stall     {} at most between two heartbeats of the guest", show_ms(stall)));
     }
+    if let Some(beats) = report.guest_heartbeats_after {
+        let alive = if beats == 0 { "has stopped".to_owned() } else { format!("runs: {beats} heartbeats since") };
+        lines.push(format!("guest     {alive}"));
+    }
     lines.extend(cost(report));
     lines.push(proof(report));
     lines

@@ -10,7 +10,8 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
 use pageferry::vm::VmError;
 
 use super::operator::{Operator, Wish};
-use super::{afterwards, guests, not_started, send};
+use super::send::{Way, migrate};
+use super::{afterwards, ended_early, guests, not_started};
 use crate::cli::{DemoOptions, ExitStatus, LingerTime};
 use crate::guest::Guest;
 use crate::progress::{JsonEvent, Screen};
@@ -38,15 +39,15 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     let operator = Operator::listen(false)?;
     let mut destination = Destination::start(options)?;
     let address = destination.address()?;
-    let mut guest = guests::start(&options.guest, screen)?;
+    let mut guest = guests::start(&options.guest, screen, false)?;
     guest.wait_ready()?;
     if operator.wait(options.after) == Wish::Stop {
-        return Err("ended before the migration began".into());
+        return Ok(ended_early(screen, Role::Demo));
     }
     screen.note(&format!("migrating to {address}, another process of this machine"));
-    let dialer = send::dialer(&address, &options.lane, &options.limits);
-    let mut report = send::migrate(&mut guest, Role::Demo, &options.limits, &options.lane, dialer, screen, &operator);
     let linger = LingerTime::For(options.linger);
+    let way = Way { role: Role::Demo, limits: &options.limits, lane: &options.lane, linger };
+    let mut report = migrate(&mut guest, &address, &way, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, linger, &mut report);
     }
@@ -77,6 +78,7 @@ impl Destination {
         command.args(["receive", "--listen", "127.0.0.1:0", "--json", "--with-parent"]);
         command.args(["--linger", &milliseconds(options.linger), "--wait", "1h"]);
         command.args(["--peer-timeout", &milliseconds(options.limits.peer_timeout)]);
+        command.args(["--settle-window", &milliseconds(options.limits.settle_window)]);
         command.args(["--backing", options.guest.backing.name()]);
         if let Some(most) = options.max_memory {
             command.args(["--max-memory", &most.to_string()]);

@@ -3,26 +3,38 @@
 //! The description that travels ahead begins with one byte for the kind, so that a destination
 //! needs no option to know what will arrive.
 
-use std::io;
-use std::path::Path;
+use std::borrow::Cow;
+use std::os::fd::AsFd;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fs, io};
 
 use pageferry::dirty::DirtySource;
 use pageferry::memory::{GuestMemory, Layout};
 use pageferry::vm::{DestinationVm, SourceVm, Step, VmError, VmResult};
+use pageferry_kvm::DirtyLogMode;
 
+use crate::cli::units::show_bytes;
 use crate::cli::{Backing, GuestKind, GuestOptions};
 use crate::guest::{DestinationGuest, Guest, SelfCheck, SourceGuest};
+use crate::machine::{
+    ArrivalConfig, ArrivingGuest, BootImage, Boots, ConsoleEnds, GuestBacking, GuestConfig, GuestHandle, LiveGuest,
+    check_room,
+};
 use crate::process_guest::{ArrivingProcessGuest, ProcessGuest};
 use crate::progress::Screen;
+use crate::workload::line::Line;
 
 /// Why a guest could not be started or taken in.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum GuestError {
     /// A kernel needs a machine.
-    #[error("--kernel boots a real machine, which needs KVM: {0}")]
-    KernelNeedsKvm(&'static str),
+    #[error("--kernel boots a real machine, which needs KVM: leave out --guest process")]
+    KernelNeedsKvm,
+    /// A file that the user named.
+    #[error("cannot read {path}: {source}")]
+    Unreadable { path: PathBuf, source: io::Error },
     /// A description that begins with an unknown kind.
     #[error(
         "the source sends a guest of a kind that this program does not know ({0:?}): use the same `migrate` on both sides"
@@ -35,40 +47,113 @@ pub(crate) enum GuestError {
 
 const NO_KVM: &str = "this host has no /dev/kvm";
 
-/// A guest that was started, with the byte that announces its kind.
+/// What Linux is told unless the user says otherwise: the serial console, and to end when it fails.
+const LINUX_COMMAND_LINE: &str = "console=ttyS0 reboot=k panic=-1 pci=off";
+
+/// The first byte of the description that travels ahead.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Kind {
+    Process,
+    Kvm,
+}
+
+impl Kind {
+    fn to_byte(self) -> u8 {
+        match self {
+            Self::Process => b'P',
+            Self::Kvm => b'K',
+        }
+    }
+
+    fn from_byte(byte: u8) -> Option<Self> {
+        [Self::Process, Self::Kvm].into_iter().find(|kind| kind.to_byte() == byte)
+    }
+}
+
+impl From<Backing> for GuestBacking {
+    fn from(backing: Backing) -> Self {
+        match backing {
+            Backing::Anon => Self::Anonymous,
+            Backing::Memfd => Self::Memfd,
+            Backing::Huge => Self::HugePages2M,
+        }
+    }
+}
+
+/// A guest that was started.
 pub(crate) struct AnySource {
-    kind: u8,
+    kind: Kind,
     guest: Box<dyn SourceGuest>,
 }
 
-const PROCESS: u8 = b'P';
-
-/// Starts the guest that the command line asks for.
-pub(crate) fn start(options: &GuestOptions, screen: &Screen) -> Result<AnySource, VmError> {
+/// Starts the guest that the command line asks for. `typing` connects a Linux's console to standard input.
+pub(crate) fn start(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) -> Result<AnySource, VmError> {
     let has_kvm = Path::new("/dev/kvm").exists();
     match options.guest {
-        GuestKind::Auto if has_kvm => start_kvm(options, screen),
-        GuestKind::Kvm => start_kvm(options, screen),
-        GuestKind::Auto => {
-            screen.note(&format!("{NO_KVM}: threads that write a memory mapping take a virtual machine's place"));
+        GuestKind::Auto if !has_kvm && options.kernel.is_none() => {
+            screen.note(&format!("{NO_KVM}: a process guest takes its place (threads writing tracked memory)"));
             start_process(options, screen)
         }
+        GuestKind::Auto | GuestKind::Kvm => start_kvm(options, screen, typing),
         GuestKind::Process => start_process(options, screen),
     }
 }
 
-fn start_kvm(options: &GuestOptions, screen: &Screen) -> Result<AnySource, VmError> {
-    start_process(options, screen)
+fn start_kvm(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) -> Result<AnySource, VmError> {
+    let input =
+        if typing && options.kernel.is_some() { Some(io::stdin().as_fd().try_clone_to_owned()?.into()) } else { None };
+    let mut guest = LiveGuest::boot(GuestConfig {
+        ram_bytes: options.memory,
+        vcpus: options.vcpus,
+        backing: options.backing.into(),
+        boots: boots(options, screen)?,
+        console: ConsoleEnds { input, output: None },
+        dirty_log: DirtyLogMode::default(),
+    })?;
+    show_console(&guest.handle(), screen)?;
+    guest.resume()?;
+    Ok(AnySource { kind: Kind::Kvm, guest: Box::new(guest) })
+}
+
+fn boots(options: &GuestOptions, screen: &Screen) -> Result<Boots, VmError> {
+    let Some(kernel) = &options.kernel else {
+        let params = options.params();
+        screen.note(&format!("KVM guest: {}", options.describe(&params)));
+        return Ok(Boots::Payload(params));
+    };
+    let (memory, vcpus) = (show_bytes(options.memory), options.vcpus);
+    screen.note(&format!("KVM guest: {memory}, {vcpus} vCPUs, booting {}", kernel.display()));
+    Ok(Boots::Image(BootImage {
+        kernel: Cow::Owned(read(kernel)?),
+        initrd: options.initrd.as_deref().map(read).transpose()?,
+        command_line: options.cmdline.clone().unwrap_or_else(|| LINUX_COMMAND_LINE.to_owned()),
+    }))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>, GuestError> {
+    fs::read(path).map_err(|source| GuestError::Unreadable { path: path.to_owned(), source })
 }
 
 fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, VmError> {
     if options.kernel.is_some() {
-        return Err(GuestError::KernelNeedsKvm("leave out --guest process, or run where /dev/kvm is").into());
+        return Err(GuestError::KernelNeedsKvm.into());
     }
     let params = options.params();
     screen.note(&format!("process guest: {}", options.describe(&params)));
     let guest = ProcessGuest::start(options.memory, options.backing.into(), params)?;
-    Ok(AnySource { kind: PROCESS, guest: Box::new(guest) })
+    Ok(AnySource { kind: Kind::Process, guest: Box::new(guest) })
+}
+
+/// Shows what a guest prints for as long as there is one, but not what our own program says to us.
+fn show_console(handle: &GuestHandle, screen: &Arc<Screen>) -> io::Result<()> {
+    let (lines, screen) = (handle.lines(), Arc::clone(screen));
+    let show = move || {
+        for line in lines.iter().filter(|line| Line::parse(&line.text).is_none()) {
+            screen.console(&line.text);
+        }
+    };
+    std::thread::Builder::new().name("console".to_owned()).spawn(show)?;
+    Ok(())
 }
 
 impl SourceVm for AnySource {
@@ -81,7 +166,7 @@ impl SourceVm for AnySource {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
-        out.write_all(&[self.kind])?;
+        out.write_all(&[self.kind.to_byte()])?;
         self.guest.describe(out)
     }
 
@@ -140,20 +225,34 @@ impl Guest for AnySource {
 pub(crate) struct AnyDestination {
     backing: Backing,
     max_memory: Option<u64>,
+    screen: Arc<Screen>,
     guest: Option<Box<dyn DestinationGuest>>,
 }
 
 impl AnyDestination {
     /// An empty place.
-    pub(crate) fn new(backing: Backing, max_memory: Option<u64>) -> Self {
-        Self { backing, max_memory, guest: None }
+    pub(crate) fn new(backing: Backing, max_memory: Option<u64>, screen: Arc<Screen>) -> Self {
+        Self { backing, max_memory, screen, guest: None }
     }
 
-    fn place(&self, kind: Option<u8>) -> Result<Box<dyn DestinationGuest>, GuestError> {
-        match kind {
-            Some(PROCESS) => Ok(Box::new(ArrivingProcessGuest::new(self.backing.into(), self.max_memory))),
-            unknown => Err(GuestError::UnknownKind(unknown)),
+    fn prepare_process(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+        let needed = layout.regions().iter().map(|region| region.len).sum();
+        check_room(needed, self.backing.into(), self.max_memory)?;
+        let mut guest = ArrivingProcessGuest::new(self.backing.into());
+        let memory = guest.prepare(config, layout)?;
+        self.guest = Some(Box::new(guest));
+        Ok(memory)
+    }
+
+    fn prepare_kvm(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+        let (backing, max_memory) = (Some(self.backing.into()), self.max_memory);
+        let mut guest = ArrivingGuest::new(ArrivalConfig { max_memory, backing, ..ArrivalConfig::default() });
+        let memory = guest.prepare(config, layout)?;
+        if let Some(handle) = guest.handle() {
+            show_console(&handle, &self.screen)?;
         }
+        self.guest = Some(Box::new(guest));
+        Ok(memory)
     }
 
     fn here(&mut self) -> Result<&mut dyn DestinationGuest, GuestError> {
@@ -166,10 +265,14 @@ impl AnyDestination {
 
 impl DestinationVm for AnyDestination {
     fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
-        let mut guest = self.place(config.first().copied())?;
-        let memory = guest.prepare(&config[1..], layout)?;
-        self.guest = Some(guest);
-        Ok(memory)
+        let Some((&kind, config)) = config.split_first() else {
+            return Err(GuestError::UnknownKind(None).into());
+        };
+        match Kind::from_byte(kind) {
+            Some(Kind::Process) => self.prepare_process(config, layout),
+            Some(Kind::Kvm) => self.prepare_kvm(config, layout),
+            None => Err(GuestError::UnknownKind(Some(kind)).into()),
+        }
     }
 
     fn load(&mut self, state: &mut dyn io::Read) -> VmResult<()> {

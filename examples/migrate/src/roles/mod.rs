@@ -7,6 +7,7 @@ mod operator;
 mod parent;
 mod receive;
 mod send;
+mod settle;
 
 use std::fmt::Display;
 
@@ -25,6 +26,13 @@ pub(crate) fn run(command: &Command) -> ExitStatus {
 
 /// Reports that nothing was tried, and why.
 fn not_started(screen: &Screen, role: Role, error: &dyn Display) -> ExitStatus {
-    screen.report(&FinalReport::not_started(role, error.to_string()));
+    screen.not_started(&FinalReport::not_started(role, error.to_string()));
     ExitStatus::SetUp
+}
+
+/// Reports that the operator ended the program before anything was tried.
+fn ended_early(screen: &Screen, role: Role) -> ExitStatus {
+    let report = FinalReport::ended_early(role);
+    screen.not_started(&report);
+    report.exit_status()
 }

@@ -4,16 +4,14 @@
 //! Neither ever cuts a guest off in the middle of something: the third Ctrl-C does.
 
 use std::io::{self, BufRead};
-use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use crossbeam_channel::{Receiver, Sender, select, unbounded};
 use pageferry::host::Control;
 use signal_hook::consts::{SIGINT, SIGTERM, SIGUSR1};
 use signal_hook::iterator::Signals;
 
-use crate::cli::{LingerTime, Moment};
+use crate::cli::Moment;
 
 /// Interrupts after which the program ends at once.
 const PATIENCE: usize = 3;
@@ -25,7 +23,6 @@ pub(crate) struct Operator {
     stop: Receiver<()>,
     go: Receiver<()>,
     pressed_enter: Receiver<()>,
-    interrupts: Arc<AtomicUsize>,
 }
 
 /// Whether to go on.
@@ -39,22 +36,16 @@ impl Operator {
     /// Starts to listen. `with_keys` when Enter on standard input means something.
     pub(crate) fn listen(with_keys: bool) -> io::Result<Self> {
         let control = Control::new();
-        let interrupts = Arc::new(AtomicUsize::new(0));
         let (stop_sender, stop) = unbounded();
         let (go_sender, go) = unbounded();
         let signals = Signals::new([SIGINT, SIGTERM, SIGUSR1])?;
-        let listener = Listener {
-            control: control.clone(),
-            interrupts: Arc::clone(&interrupts),
-            stop: stop_sender,
-            go: go_sender,
-        };
+        let listener = Listener { control: control.clone(), interrupts: 0, stop: stop_sender, go: go_sender };
         std::thread::Builder::new().name("signals".to_owned()).spawn(move || listener.run(signals))?;
         let (key_sender, pressed_enter) = unbounded();
         if with_keys {
             std::thread::Builder::new().name("keys".to_owned()).spawn(move || watch_keys(&key_sender))?;
         }
-        Ok(Self { control, stop, go, pressed_enter, interrupts })
+        Ok(Self { control, stop, go, pressed_enter })
     }
 
     /// Steers the migration; cancelled by Ctrl-C and SIGTERM.
@@ -81,6 +72,11 @@ impl Operator {
         }
     }
 
+    /// What is wanted now; whoever waits for it hears it again.
+    pub(crate) fn wish(&self) -> Wish {
+        if self.stop.is_empty() { Wish::GoOn } else { Wish::Stop }
+    }
+
     /// After a migration: the Ctrl-C that cancelled it has done its work.
     pub(crate) fn forget_cancel(&self) {
         if self.control.is_cancelled() {
@@ -88,67 +84,60 @@ impl Operator {
         }
     }
 
-    /// Waits for the end of the program, if there is to be one.
-    pub(crate) fn wait_for_end(&self, linger: LingerTime, since: Instant) {
-        match linger {
-            LingerTime::For(time) => {
-                self.wait(time.saturating_sub(since.elapsed()));
-            }
-            // The listener lives as long as the process, so this returns on an order to stop only.
-            LingerTime::Forever => {
-                let _ = self.stop.recv();
-            }
-        }
-    }
-
-    /// Whether Ctrl-C has been pressed at all.
-    pub(crate) fn was_interrupted(&self) -> bool {
-        self.interrupts.load(Ordering::Acquire) > 0
+    /// Waits for the order to end the program.
+    pub(crate) fn wait_for_end(&self) {
+        // The listener lives as long as the process: this is never an error.
+        let _ = self.stop.recv();
     }
 
     fn wait_for(&self, wanted: &Receiver<()>) -> Wish {
         select! {
-            recv(wanted) -> came => if came.is_ok() { Wish::GoOn } else { self.wait_for_stop() },
+            recv(wanted) -> came => {
+                // Standard input has ended: Enter will never come.
+                if came.is_err() {
+                    self.wait_for_end();
+                    return Wish::Stop;
+                }
+                Wish::GoOn
+            }
             recv(self.stop) -> _ => Wish::Stop,
         }
-    }
-
-    fn wait_for_stop(&self) -> Wish {
-        let _ = self.stop.recv();
-        Wish::Stop
     }
 }
 
 struct Listener {
     control: Control,
-    interrupts: Arc<AtomicUsize>,
+    interrupts: usize,
     stop: Sender<()>,
     go: Sender<()>,
 }
 
 impl Listener {
-    fn run(self, mut signals: Signals) {
+    fn run(mut self, mut signals: Signals) {
         for signal in signals.forever() {
             match signal {
-                SIGUSR1 => self.send(&self.go, 1),
+                SIGUSR1 => send(&self.go, 1),
                 SIGTERM => self.interrupt(2),
                 _ => self.interrupt(1),
             }
         }
     }
 
-    fn interrupt(&self, stops: usize) {
-        if self.interrupts.fetch_add(1, Ordering::AcqRel) + 1 >= PATIENCE {
+    fn interrupt(&mut self, stops: usize) {
+        self.interrupts += 1;
+        if self.interrupts >= PATIENCE {
             // Ends the process the way an unhandled Ctrl-C does.
             let _ = signal_hook::low_level::emulate_default_handler(SIGINT);
         }
-        self.send(&self.stop, stops);
+        send(&self.stop, stops);
         self.control.cancel();
     }
+}
 
-    fn send(&self, to: &Sender<()>, times: usize) {
+fn send(to: &Sender<()>, times: usize) {
+    for _ in 0..times {
         // Nobody listens any more when the program is ending anyway.
-        (0..times).for_each(|_| drop(to.send(())));
+        let _ = to.send(());
     }
 }
 

@@ -1,7 +1,6 @@
 //! `migrate receive`: a place where a guest arrives and runs on.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use pageferry::Destination;
 use pageferry::config::DestinationConfig;
@@ -9,6 +8,7 @@ use pageferry_tcp::{TcpAcceptor, TcpOptions};
 
 use super::guests::AnyDestination;
 use super::operator::Operator;
+use super::settle::settle;
 use super::{afterwards, not_started, parent};
 use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
 use crate::progress::Screen;
@@ -28,18 +28,17 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
         parent::end_with_parent()?;
     }
     let operator = Operator::listen(false)?;
-    let acceptor = TcpAcceptor::bind(&options.listen, tcp_options(options))?;
+    let acceptor = Arc::new(TcpAcceptor::bind(&options.listen, tcp_options(options))?);
     screen.listening(&acceptor.local_addr().to_string());
-    let mut guest = AnyDestination::new(options.backing, options.max_memory);
-    let mut report = take_in(&mut guest, options, Arc::new(acceptor), screen, &operator);
-    let over = Instant::now();
+    let mut guest = AnyDestination::new(options.backing, options.max_memory, Arc::clone(screen));
+    let mut report = take_in(&mut guest, options, &acceptor, screen, &operator);
     if report.owner == Owner::Destination {
         afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
     }
     screen.report(&report);
     if report.owner == Owner::Destination && options.linger.linger == LingerTime::Forever {
         screen.note("the guest runs here; Ctrl-C ends it");
-        operator.wait_for_end(options.linger.linger, over);
+        operator.wait_for_end();
     }
     Ok(report.exit_status())
 }
@@ -54,7 +53,7 @@ fn tcp_options(options: &ReceiveOptions) -> TcpOptions {
 fn take_in(
     guest: &mut AnyDestination,
     options: &ReceiveOptions,
-    acceptor: Arc<TcpAcceptor>,
+    acceptor: &Arc<TcpAcceptor>,
     screen: &Arc<Screen>,
     operator: &Operator,
 ) -> FinalReport {
@@ -62,10 +61,13 @@ fn take_in(
     let mut config = DestinationConfig::default();
     config.wait_for_source = options.wait;
     config.peer_timeout = options.peer_timeout;
+    config.settle_window = options.settle_window;
     let destination = Destination::new(config).observer(Arc::clone(screen) as _);
-    let result = destination.run(guest, acceptor, operator.control());
-    operator.forget_cancel();
+    let result = destination.run(guest, Arc::clone(acceptor) as _, operator.control());
     let (engine_cpu, guest_cpu) = clock.split();
+    operator.forget_cancel();
+    let ask = |session| destination.settle(guest, Arc::clone(acceptor) as _, operator.control(), session);
+    let result = settle(result, options.linger.linger, operator, screen, ask);
     let mut report = FinalReport::new(Role::Receive, &result);
     report.cpu_seconds.destination = Some(engine_cpu);
     report.guest_cpu_seconds.destination = Some(guest_cpu);

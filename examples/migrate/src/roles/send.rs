@@ -1,7 +1,6 @@
 //! `migrate send`: a guest here, moved to a destination that listens.
 
 use std::sync::Arc;
-use std::time::Instant;
 
 use pageferry::Source;
 use pageferry::transport::Dialer;
@@ -9,7 +8,8 @@ use pageferry_tcp::{TcpDialer, TcpOptions};
 
 use super::guests::{self, AnySource};
 use super::operator::{Operator, Wish};
-use super::{afterwards, not_started};
+use super::settle::settle;
+use super::{afterwards, ended_early, not_started};
 use crate::cli::{ExitStatus, Lane, Limits, LingerTime, SendOptions};
 use crate::guest::Guest;
 use crate::progress::Screen;
@@ -26,22 +26,21 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, pageferry::vm::VmError> {
     let operator = Operator::listen(options.moment.on_key)?;
-    let mut guest = guests::start(&options.guest, screen)?;
+    let mut guest = guests::start(&options.guest, screen, !options.moment.on_key)?;
     guest.wait_ready()?;
     announce(options, screen);
     if operator.wait_for_moment(options.moment) == Wish::Stop {
-        return Err("ended before the migration began".into());
+        return Ok(ended_early(screen, Role::Send));
     }
-    let dialer = dialer(&options.to, &options.lane, &options.limits);
-    let mut report = migrate(&mut guest, Role::Send, &options.limits, &options.lane, dialer, screen, &operator);
-    let over = Instant::now();
+    let way = Way { role: Role::Send, limits: &options.limits, lane: &options.lane, linger: options.linger.linger };
+    let mut report = migrate(&mut guest, &options.to, &way, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
     }
     screen.report(&report);
     if report.owner != Owner::Destination && options.linger.linger == LingerTime::Forever {
         screen.note("the guest is still here; Ctrl-C ends it");
-        operator.wait_for_end(options.linger.linger, over);
+        operator.wait_for_end();
     }
     Ok(report.exit_status())
 }
@@ -54,36 +53,46 @@ fn announce(options: &SendOptions, screen: &Screen) {
     }
 }
 
-/// Opens connections the way the command line says.
-pub(super) fn dialer(to: &str, lane: &Lane, limits: &Limits) -> Arc<dyn Dialer> {
-    let mut options = TcpOptions::default();
-    options.interface.clone_from(&lane.interface);
-    options.dead_peer_after = limits.peer_timeout;
-    let dialer = TcpDialer::new(to, options);
-    match lane.bind {
-        Some(address) => Arc::new(dialer.with_source(address)),
-        None => Arc::new(dialer),
+/// How a guest is migrated.
+pub(super) struct Way<'a> {
+    pub(super) role: Role,
+    pub(super) limits: &'a Limits,
+    pub(super) lane: &'a Lane,
+    pub(super) linger: LingerTime,
+}
+
+impl Way<'_> {
+    /// Opens connections the way the command line says.
+    fn dialer(&self, to: &str) -> Arc<dyn Dialer> {
+        let mut options = TcpOptions::default();
+        options.interface.clone_from(&self.lane.interface);
+        options.dead_peer_after = self.limits.peer_timeout;
+        let dialer = TcpDialer::new(to, options);
+        match self.lane.bind {
+            Some(address) => Arc::new(dialer.with_source(address)),
+            None => Arc::new(dialer),
+        }
     }
 }
 
 /// Migrates the guest, and reports what the source knows.
 pub(super) fn migrate(
     guest: &mut AnySource,
-    role: Role,
-    limits: &Limits,
-    lane: &Lane,
-    dialer: Arc<dyn Dialer>,
+    to: &str,
+    way: &Way<'_>,
     screen: &Arc<Screen>,
     operator: &Operator,
 ) -> FinalReport {
     // A guest that cannot forget its earlier stalls still tells a bound.
     let _ = guest.reset_stall();
-    let clock = CpuClock::start();
-    let source = Source::new(limits.source_config(lane.lanes)).observer(Arc::clone(screen) as _);
-    let result = source.run(guest, dialer, operator.control());
-    operator.forget_cancel();
+    let (clock, dialer) = (CpuClock::start(), way.dialer(to));
+    let source = Source::new(way.limits.source_config(way.lane.lanes)).observer(Arc::clone(screen) as _);
+    let result = source.run(guest, Arc::clone(&dialer), operator.control());
     let (engine_cpu, guest_cpu) = clock.split();
-    let mut report = FinalReport::new(role, &result);
+    operator.forget_cancel();
+    let ask = |session| source.settle(guest, Arc::clone(&dialer), operator.control(), session);
+    let result = settle(result, way.linger, operator, screen, ask);
+    let mut report = FinalReport::new(way.role, &result);
     report.cpu_seconds.source = Some(engine_cpu);
     report.guest_cpu_seconds.source = Some(guest_cpu);
     report.peak_rss_bytes.source = Some(peak_rss());

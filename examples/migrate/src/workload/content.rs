@@ -11,7 +11,7 @@ use super::params::{Mix, Writes};
 /// Neighbouring pages that share a kind.
 const RUN_PAGES: u64 = 16;
 /// Different contents among all duplicate pages.
-const DUPLICATES: u64 = 64;
+const DUPLICATES: u64 = 1024;
 /// Patches of a page that are visible at once.
 const PATCHES: u64 = 8;
 /// Words one patch changes.

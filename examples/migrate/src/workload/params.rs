@@ -7,6 +7,7 @@ use core::fmt;
 use core::str::FromStr;
 
 use super::content::Content;
+use super::page::PAGE_BYTES;
 
 /// Per cent of each kind of page; they add up to 100.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -98,6 +99,11 @@ impl Params {
     /// What the pages of this guest hold.
     pub(crate) const fn content(&self) -> Content {
         Content { seed: self.seed, mix: self.mix, writes: self.writes, touch_zero: self.touch_zero }
+    }
+
+    /// Whether the guest writes nothing once it is filled.
+    pub(crate) fn is_idle(&self) -> bool {
+        self.rate == Rate::BytesPerSecond(0) || self.working_set < PAGE_BYTES as u64
     }
 
     fn set(&mut self, word: &str) -> Option<()> {

@@ -21,6 +21,8 @@ pub(super) use registers::Entry;
 
 use super::error::MachineError;
 use super::ram::{HOLE_END, HOLE_START};
+use crate::payload;
+use crate::workload::params::Params;
 
 /// First address above the BIOS area: kernels are loaded from here on.
 const HIGH_MEMORY: u64 = 0x10_0000;
@@ -31,6 +33,27 @@ const COMMAND_LINE: u64 = 0x2_0000;
 const COMMAND_LINE_MAX: usize = 2048;
 /// bzImages say how far up they look for an initial RAM disk; ELF kernels manage the same.
 const INITRD_MAX: u64 = 0x7fff_ffff;
+
+/// What a guest does.
+#[derive(Debug, Clone)]
+pub(crate) enum Boots {
+    /// Our own program, told to work like this; vCPU count and clock speed are filled in.
+    Payload(Params),
+    /// A kernel of the user's.
+    Image(BootImage),
+}
+
+impl Boots {
+    pub(super) fn image(self, vcpus: u32, tsc_khz: u32) -> BootImage {
+        match self {
+            Self::Image(image) => image,
+            Self::Payload(params) => {
+                let command_line = Params { vcpus, tsc_khz, ..params }.to_string();
+                BootImage { kernel: Cow::Borrowed(payload::IMAGE), initrd: None, command_line }
+            }
+        }
+    }
+}
 
 /// What a guest starts from.
 #[derive(Debug, Clone)]

@@ -11,7 +11,6 @@ const FLAGS: u64 = 2;
 
 const CODE: u8 = 0b1011;
 const DATA: u8 = 0b0011;
-const TASK: u8 = 0b1011;
 
 /// How a loaded kernel wants to be entered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,14 +35,16 @@ impl Entry {
     }
 
     /// Changes the special registers of a vCPU after reset.
+    ///
+    /// The task register stays as it was: a task state segment over the zeros at address 0, whose I/O bitmap
+    /// lets user code reach all ports. Our payload works in ring 3, and not every KVM keeps its I/O privilege level.
     pub(crate) fn enter(self, special: &mut kvm_sregs) {
         let long = matches!(self, Self::Linux64 { .. });
         special.cs = segment(0x10, CODE, long);
         for data in [&mut special.ds, &mut special.es, &mut special.fs, &mut special.gs, &mut special.ss] {
             *data = segment(0x18, DATA, false);
         }
-        special.tr = kvm_segment { limit: 0x67, type_: TASK, present: 1, ..kvm_segment::default() };
-        special.cr0 |= CR0_PROTECTED;
+        special.cr0 = CR0_PROTECTED;
         special.cr4 = 0;
         if let Self::Linux64 { page_table, segment_table, .. } = self {
             special.gdt.base = segment_table;

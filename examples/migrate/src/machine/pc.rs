@@ -1,21 +1,20 @@
-//! A guest with its machine and devices, whichever side it is on, and the handle that shows it to others.
+//! A small PC: a machine under KVM with its devices, at the source or at the destination.
 
 use std::fs::File;
 use std::io::Write;
 use std::os::fd::AsFd;
-use std::sync::{Arc, Weak};
+use std::sync::Arc;
 
-use crossbeam_channel::Receiver;
-use pageferry::memory::{Layout, MappedMemory};
-use pageferry_kvm::kvm_ioctls::Cap;
+use pageferry::memory::{GuestMemory, Layout, MappedMemory};
 use pageferry_kvm::{Host, KvmError, Machine, MachineConfig};
+use serde::{Deserialize, Serialize};
 
 use super::console::Interrupt;
 use super::description::{GuestBacking, State};
 use super::devices::Devices;
 use super::error::MachineError;
+use super::handle::GuestHandle;
 use super::input::Input;
-use super::watch::{Beat, GuestLine, Watch};
 
 /// The interrupt line of COM1.
 const SERIAL_LINE: u32 = 4;
@@ -35,79 +34,43 @@ impl std::fmt::Debug for ConsoleEnds {
     }
 }
 
-/// Shows a guest, and passes it commands. Clones show the same one; they do not keep it alive.
-#[derive(Clone, Debug)]
-pub(crate) struct GuestHandle {
-    machine: Weak<Machine>,
-    devices: Arc<Devices>,
-    watch: Arc<Watch>,
+/// What a guest is that KVM does not need to know.
+#[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) struct Kind {
+    pub(super) backing: GuestBacking,
+    /// Our own payload, which answers questions.
+    pub(super) payload: bool,
 }
 
-impl GuestHandle {
-    /// Every line that the guest prints from now on, until it ends.
-    pub(crate) fn lines(&self) -> Receiver<GuestLine> {
-        self.watch.listen()
-    }
-
-    /// The payload's last heartbeat.
-    pub(crate) fn last_beat(&self) -> Option<Beat> {
-        self.watch.last_beat()
-    }
-
-    /// Leaves a command for the payload, which looks for one every few milliseconds while it runs.
-    pub(crate) fn command(&self, command: u32) {
-        self.devices.command(command);
-    }
-
-    /// Whether the guest runs here now.
-    pub(crate) fn is_running(&self) -> bool {
-        self.machine.upgrade().is_some_and(|machine| machine.is_running())
-    }
-
-    /// How the guest ended, if it did: a crash or a switch-off, not a migration.
-    pub(crate) fn ended(&self) -> Option<String> {
-        self.watch.end()
-    }
-}
-
-/// A guest in this process.
+/// A guest's machine and devices in this process.
 #[derive(Debug)]
-pub(super) struct Guest {
+pub(super) struct Pc {
     // Fields are dropped in this order: nobody may type into a machine that is gone.
     input: Option<Input>,
     pub(super) machine: Arc<Machine>,
     pub(super) devices: Arc<Devices>,
-    watch: Arc<Watch>,
-    pub(super) backing: GuestBacking,
-    /// Speed of the time stamp counter; 0 when KVM does not say.
-    pub(super) tsc_khz: u32,
+    pub(super) kind: Kind,
 }
 
-impl Guest {
+impl Pc {
     /// A guest that does not run yet.
     pub(super) fn new(
         host: &Host,
         config: MachineConfig,
-        memory: Arc<MappedMemory>,
-        backing: GuestBacking,
+        memory: Arc<dyn GuestMemory>,
+        kind: Kind,
         console: ConsoleEnds,
     ) -> Result<Self, MachineError> {
         let mut machine = Machine::new(host, config, memory)?;
-        let watch = Arc::new(Watch::default());
         let interrupt = Interrupt(Some(machine.irq_line(SERIAL_LINE)));
-        let devices = Arc::new(Devices::new(interrupt, console.output, Arc::clone(&watch)));
+        let devices = Arc::new(Devices::new(interrupt, console.output));
         machine.start(Arc::clone(&devices) as _)?;
         let input = console.input.map(|file| Input::start(file.as_fd(), Arc::clone(&devices))).transpose()?;
-        let tsc_khz = machine.vcpu(0)?.get_tsc_khz().unwrap_or(0);
-        Ok(Self { input, machine: Arc::new(machine), devices, watch, backing, tsc_khz })
+        Ok(Self { input, machine: Arc::new(machine), devices, kind })
     }
 
     pub(super) fn handle(&self) -> GuestHandle {
-        GuestHandle {
-            machine: Arc::downgrade(&self.machine),
-            devices: Arc::clone(&self.devices),
-            watch: Arc::clone(&self.watch),
-        }
+        GuestHandle::new(&self.machine, &self.devices, self.kind.payload)
     }
 
     pub(super) fn resume(&self) -> Result<(), KvmError> {
@@ -119,11 +82,6 @@ impl Guest {
     pub(super) fn pause(&self) -> Result<(), KvmError> {
         self.input.iter().for_each(Input::close);
         self.machine.pause()
-    }
-
-    /// Whether KVM can give a guest a clock of another speed than the host's.
-    pub(super) fn can_scale_clock(&self) -> bool {
-        self.machine.vm_fd().check_extension(Cap::TscControl)
     }
 
     pub(super) fn save(&self) -> Result<State, KvmError> {

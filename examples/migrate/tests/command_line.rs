@@ -1,0 +1,64 @@
+//! A wrong command line is refused with the reason, and nothing is started.
+
+mod common;
+
+use common::program;
+
+/// Runs the program without `--json`: its exit code, and what it printed.
+fn plain(arguments: &str) -> (i32, String, String) {
+    let output = program().args(arguments.split_whitespace()).output().unwrap();
+    let text = |bytes: Vec<u8>| String::from_utf8(bytes).unwrap();
+    (output.status.code().unwrap(), text(output.stdout), text(output.stderr))
+}
+
+#[test]
+fn a_bad_argument_ends_with_code_2_and_says_what_would_be_right() {
+    for (arguments, told) in [
+        ("demo --memory lots", "512M"),
+        ("demo --downtime-limit 300", "300ms"),
+        ("demo --bandwidth fast", "100Mbit/s"),
+        ("demo --lanes 0", "1..=128"),
+        ("demo --mix zero=50", "not 100"),
+        ("demo --max-throttle 100", "0..=99"),
+        ("send", "--to"),
+        ("send --to nowhere", "192.0.2.7:7000"),
+        ("send --to [::1]:1 --initrd x", "--kernel"),
+        ("send --to [::1]:1 --on-key --on-signal", "cannot be used with"),
+        ("receive", "--listen"),
+        ("fly", "subcommand"),
+    ] {
+        let (code, _, stderr) = plain(arguments);
+        assert_eq!(code, 2, "{arguments}: {stderr}");
+        assert!(stderr.contains(told), "{arguments}: {stderr}");
+    }
+}
+
+#[test]
+fn help_explains_options_and_exit_codes_with_examples() {
+    for command in ["demo", "receive", "send"] {
+        let (code, help, _) = plain(&format!("{command} --help"));
+        assert_eq!(code, 0);
+        for told in ["Examples:", "Exit codes:", "--json", &format!("migrate {command} ")] {
+            assert!(help.contains(told), "{command}: no {told:?} in {help}");
+        }
+    }
+}
+
+#[test]
+fn an_address_that_cannot_be_listened_on_ends_with_code_7() {
+    let (code, _, stderr) = plain("receive --listen 192.0.2.1:7000");
+    assert_eq!(code, 7, "{stderr}");
+    assert!(stderr.contains("192.0.2.1:7000"), "{stderr}");
+}
+
+#[test]
+fn a_kernel_that_cannot_be_read_is_named() {
+    if common::guest_kinds().contains(&"kvm") {
+        let (code, _, stderr) = plain("send --to 127.0.0.1:9 --guest kvm --kernel /no/such/kernel");
+        assert_eq!(code, 7, "{stderr}");
+        assert!(stderr.contains("/no/such/kernel"), "{stderr}");
+    }
+    let (code, _, stderr) = plain("send --to 127.0.0.1:9 --guest process --kernel /no/such/kernel");
+    assert_eq!(code, 7, "{stderr}");
+    assert!(stderr.contains("KVM"), "{stderr}");
+}

@@ -1,0 +1,96 @@
+//! `migrate demo` moves a guest that keeps writing, proves it, and tells the whole truth in one object.
+
+mod common;
+
+use common::{guest_kinds, program, run};
+use serde_json::Value;
+
+const SMALL: &str = "--memory 64M --after 200ms --linger 200ms";
+
+fn number(value: &Value) -> f64 {
+    value.as_f64().unwrap_or_else(|| panic!("{value} is not a number"))
+}
+
+fn assert_proven(report: &Value) {
+    assert_eq!((&report["outcome"], &report["owner"]), (&"completed".into(), &"destination".into()), "{report}");
+    assert_eq!(report["error"], Value::Null, "{report}");
+    assert_eq!(report["digest_match"], true, "{report}");
+    assert_eq!(report["guest_self_check"], "ok", "{report}");
+    assert!(report["guest_heartbeats_after"].as_u64().unwrap() > 0, "{report}");
+}
+
+#[test]
+fn a_guest_that_keeps_writing_arrives_whole() {
+    for kind in guest_kinds() {
+        let ended = run(&format!("demo --guest {kind} {SMALL}"));
+        assert_eq!(ended.code, 0, "{kind}: {}", ended.stderr);
+        assert_proven(ended.report());
+        assert_eq!(ended.report()["full_verify_match"], Value::Null);
+    }
+}
+
+#[test]
+fn whole_pages_at_full_speed_over_several_lanes_arrive_whole() {
+    for kind in guest_kinds() {
+        let load = "--writes full --rate max --working-set 8M --lanes 3 --vcpus 3 --verify full --downtime-limit 2s";
+        let ended = run(&format!("demo --guest {kind} {SMALL} {load}"));
+        assert_eq!(ended.code, 0, "{kind}: {}", ended.stderr);
+        assert_proven(ended.report());
+        assert_eq!(ended.report()["full_verify_match"], true, "{kind}");
+    }
+}
+
+#[test]
+fn the_report_is_complete_and_its_numbers_agree() {
+    let ended = run(&format!("demo --guest process {SMALL}"));
+    let report = ended.report();
+    let parts = report["downtime_parts_ms"].as_object().unwrap();
+    assert_eq!(parts.len(), 7);
+    let sum: f64 = parts.values().map(number).sum();
+    assert!((sum - number(&report["downtime_ms"])).abs() < 0.001, "{report}");
+    assert!(number(&report["total_ms"]) >= number(&report["downtime_ms"]), "{report}");
+    assert!(number(&report["guest_longest_stall_ms"]) > 0.0, "{report}");
+
+    let rounds = report["rounds"].as_array().unwrap();
+    let count = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("{value} is not a count"));
+    let total = |field: &str| rounds.iter().map(|round| count(&round[field])).sum::<u64>();
+    assert!(rounds.len() >= 2 && rounds.last().unwrap()["stopped"] == true, "{report}");
+    assert_eq!(count(&report["pages_total"]), 16384);
+    assert_eq!(count(&report["pages_sent"]) + count(&report["pages_zero"]), total("pages"), "{report}");
+    assert_eq!(count(&report["pages_zero"]), total("zero_pages"), "{report}");
+    assert!(count(&report["wire_bytes"]) >= total("wire_bytes"), "{report}");
+    for side in ["source", "destination"] {
+        assert!(number(&report["cpu_seconds"][side]) > 0.0, "{report}");
+        assert!(number(&report["peak_rss_bytes"][side]) > 1e6, "{report}");
+    }
+}
+
+#[test]
+fn progress_comes_as_json_lines_before_the_report() {
+    let ended = run(&format!("demo --guest process {SMALL} --bandwidth 40M/s"));
+    let events: Vec<&str> = ended.lines.iter().map(|line| line["event"].as_str().unwrap()).collect();
+    for event in ["note", "accepted", "progress", "round", "paused", "handed_over", "report"] {
+        assert!(events.contains(&event), "no {event} in {events:?}");
+    }
+    assert_eq!(events.iter().filter(|&&event| event == "report").count(), 1);
+}
+
+#[test]
+fn a_bandwidth_cap_holds_over_all_lanes_together() {
+    let ended = run(&format!("demo --guest process {SMALL} --idle --lanes 4 --bandwidth 30M/s"));
+    let report = ended.report();
+    assert_proven(report);
+    let seconds = number(&report["total_ms"]) / 1e3;
+    // Twice the cap: never a limit on the machine's speed, only on the program's greed.
+    assert!(number(&report["wire_bytes"]) / seconds < 60.0 * 1024.0 * 1024.0, "{report}");
+}
+
+#[test]
+fn people_get_tables_the_downtime_and_the_proof_without_colours() {
+    let output = program().args(["demo", "--guest", "process"]).args(SMALL.split(' ')).output().unwrap();
+    let (text, notes) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
+    assert!(text.ends_with("16384 pages identical, guest self-check OK\n"), "{text}");
+    assert!(text.starts_with("round ") && text.contains("\ndowntime "), "{text}");
+    assert!(notes.contains("process guest: 64 MiB, 2 vCPUs"), "{notes}");
+    assert!(!text.contains('\x1b') && !notes.contains('\x1b'));
+}
