@@ -92,10 +92,10 @@ impl GuestHandle {
             Line::Stall { longest_us } => Some(Duration::from_micros(longest_us)),
             _ => None,
         };
-        match self.payload {
-            true => self.ask(Command::ReportStall, "told its longest stall", PATIENCE, stall).map(Some),
-            false => Ok(None),
+        if !self.payload {
+            return Ok(None);
         }
+        self.ask(Command::ReportStall, "told its longest stall", PATIENCE, stall).map(Some)
     }
 
     fn self_check(&self) -> Result<SelfCheck, MachineError> {
@@ -104,10 +104,10 @@ impl GuestHandle {
             Line::CheckFailed(wrong) => Some(SelfCheck::Wrong(wrong.to_string())),
             _ => None,
         };
-        match self.payload {
-            true => self.ask(Command::Check, "finished checking its memory", self.patience_with_memory(), result),
-            false => Ok(SelfCheck::Unable),
+        if !self.payload {
+            return Ok(SelfCheck::Unable);
         }
+        self.ask(Command::Check, "finished checking its memory", self.patience_with_memory(), result)
     }
 
     fn ask<T>(
