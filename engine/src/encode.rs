@@ -162,7 +162,7 @@ pub(crate) fn digest_runs(reader: &PageReader, hasher: &PageHasher, runs: &[Page
 }
 
 /// All pages that may hold content, as runs of at most `longest` pages.
-pub(crate) fn populated_runs(memory: &dyn GuestMemory, longest: u64) -> Vec<PageRun> {
+pub fn populated_runs(memory: &dyn GuestMemory, longest: u64) -> Vec<PageRun> {
     let layout = memory.layout();
     let mut runs = Vec::new();
     for (id, region) in layout.iter().filter(|(_, region)| region.transfer == Transfer::Copy) {

@@ -38,9 +38,6 @@ require_packages() {
     fi
 }
 
-# Modules that give the emulated machine a KVM of its own.
-KVM_MODULES="-m irqbypass -m kvm -m ccp -m kvm-amd"
-
 # Unpacks the newest kernel, once, for the emulated machine and for the guest in it.
 make_kernel() {
     local image
@@ -55,4 +52,11 @@ make_kernel() {
 # The initial RAM disk of the guest that migrates.
 make_guest_initramfs() {
     "$NESTED/initramfs.sh" -o "$WORK/guest.cpio" -i "$NESTED/inside/guest-init"
+}
+
+# The initial RAM disk of the emulated machine: the guest's RAM disk, and what the arguments add.
+make_machine_initramfs() {
+    "$NESTED/initramfs.sh" -o "$WORK/machine.cpio" -i "$NESTED/inside/init" -k "$KERNEL_VERSION" \
+        -m irqbypass -m kvm -m ccp -m kvm-amd \
+        -f "$WORK/guest.cpio:/guest/initramfs" "$@"
 }

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Select, Sender, unbounded};
+use crossbeam_channel::{Receiver, Select, Sender, bounded, unbounded};
 
 use super::door::{self, Guest};
 use super::lane::{LaneName, NumberedReceiver, NumberedSender};
@@ -17,7 +17,7 @@ use crate::config::DestinationConfig;
 use crate::digest::{Digest, HashTable, PageHasher};
 use crate::error::{Error, Failed};
 use crate::host::{Control, Joiner, Observer, Spawner, ThreadRole};
-use crate::limits::{FAREWELL, HEARTBEAT};
+use crate::limits::{EVENT_QUEUE, FAREWELL, HEARTBEAT};
 use crate::memory::MemoryError;
 use crate::session::{DestinationAction, DestinationInput, DestinationSession, DestinationSetup, LaneKey, Outcome};
 use crate::stats::Report;
@@ -148,7 +148,7 @@ impl<'a> Driver<'a> {
             session,
             counters: Arc::default(),
             started: Instant::now(),
-            events: unbounded(),
+            events: bounded(EVENT_QUEUE),
             greeted: HashMap::new(),
             messages: None,
             room: Arc::default(),
@@ -410,6 +410,8 @@ impl<'a> Driver<'a> {
             room.gate.close();
         }
         self.close_lanes();
+        // A thread that waits to be heard must not wait for ever.
+        self.events = bounded(0);
         for thread in self.threads.drain(..) {
             thread.join();
         }

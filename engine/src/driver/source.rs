@@ -18,7 +18,7 @@ use crate::dirty::{Accumulator, DirtySink, Point};
 use crate::encode::{Encoder, Tally, populated_runs};
 use crate::error::{Error, Failed};
 use crate::host::{Control, Joiner, Observer, Spawner, ThreadRole};
-use crate::limits::{FAREWELL, MAX_LANES, PLANNED_BATCHES_PER_WORKER, STATE_CHUNK};
+use crate::limits::{EVENT_QUEUE, FAREWELL, MAX_LANES, PLANNED_BATCHES_PER_WORKER, STATE_CHUNK};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::session::{Outcome, SourceAction, SourceInput, SourceSession, SourceSetup};
 use crate::stats::{Event, Progress, Report};
@@ -235,7 +235,7 @@ impl<'a> Driver<'a> {
             pacer: Arc::new(Pacer::new(source.config.bandwidth)),
             counters: Arc::default(),
             started: Instant::now(),
-            events: unbounded(),
+            events: bounded(EVENT_QUEUE),
             batches: bounded(workers * PLANNED_BATCHES_PER_WORKER),
             orders: Vec::new(),
             messages: None,
@@ -622,6 +622,8 @@ impl<'a> Driver<'a> {
         for closer in &self.closers {
             closer.close();
         }
+        // A thread that waits to be heard must not wait for ever.
+        self.events = bounded(0);
         for thread in self.threads.drain(..) {
             thread.join();
         }

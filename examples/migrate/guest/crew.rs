@@ -163,7 +163,9 @@ impl Leader {
             let now = self.member.heart.look();
             if now >= self.next_command {
                 self.next_command = now + self.guest().clock.ticks(COMMAND_INTERVAL_MS);
-                Command::from_port(port_read(ports::COMMAND)).into_iter().for_each(|command| self.obey(command));
+                if let Some(command) = Command::from_port(port_read(ports::COMMAND)) {
+                    self.obey(command);
+                }
             }
             if now >= self.next_report && self.guest().params.report_ms > 0 {
                 self.next_report = now + self.guest().clock.ticks(self.guest().params.report_ms);

@@ -6,7 +6,7 @@ use core::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use crate::hardware::{port_write, tsc};
 use crate::heart::{Clock, Heart};
 use crate::ledger::{Entry, Ledger};
-use crate::memory::{Memory, hash};
+use crate::memory::{Memory, STACK_PAGES, hash, hash_page, ledger_address};
 use crate::workload::content::Content;
 use crate::workload::page::{Mismatch, PAGE_BYTES};
 use crate::workload::params::Params;
@@ -33,7 +33,7 @@ impl Guest {
 
     /// Pages that a check covers: all but the stacks.
     pub(crate) fn checked_pages(&self) -> u64 {
-        self.memory.ram_pages() - self.vcpus() * self.memory.stack_pages()
+        self.memory.ram_pages() - self.vcpus() * STACK_PAGES
     }
 
     /// Pages that are written again and again.
@@ -80,8 +80,8 @@ impl Member {
     pub(crate) fn fill(&mut self) {
         let guest = self.guest;
         for index in self.share_of(guest.memory.data_pages()) {
-            let page = guest.memory.data_page(index);
-            guest.content.fill(page, guest.memory.live(page));
+            let (page, at) = guest.memory.data_page(index);
+            guest.content.fill(page, at);
             self.heart.look();
         }
     }
@@ -98,8 +98,7 @@ impl Member {
     /// Compares this vCPU's share of all memory with what it must hold, and writes down what is wrong.
     pub(crate) fn check(&mut self) {
         self.ledger.store(Entry::WrongPages, 0);
-        let ledger_address = self.guest.memory.ledger_address(self.index);
-        self.note(ledger_address, self.ledger.check());
+        self.note(ledger_address(self.index), self.ledger.check());
         if self.index == 0 {
             self.check_static();
         }
@@ -117,7 +116,7 @@ impl Member {
     pub(crate) fn seal(&mut self) {
         let memory = &self.guest.memory;
         for (page, hash) in memory.static_pages().zip(memory.hashes()) {
-            hash.store(memory.hash_page(page), Relaxed);
+            hash.store(hash_page(page), Relaxed);
             self.heart.look();
         }
         self.ledger.store(Entry::Seal, hash_all(memory.hashes()));
@@ -127,17 +126,16 @@ impl Member {
         let steps = self.ledger.load(Entry::Steps);
         if let Some((index, generation)) = self.sweep.step(steps) {
             let guest = self.guest;
-            let page = guest.memory.data_page(guest.working_set_start() + index);
-            guest.content.write(page, generation, guest.memory.live(page));
+            let (page, at) = guest.memory.data_page(guest.working_set_start() + index);
+            guest.content.write(page, generation, at);
             self.ledger.store(Entry::Steps, steps + 1);
         }
     }
 
     fn check_data(&mut self, index: u64, generation: u64) {
         let guest = self.guest;
-        let page = guest.memory.data_page(index);
-        let result = guest.content.check(page, generation, guest.memory.live(page));
-        self.note(page * PAGE_BYTES as u64, result);
+        let (page, at) = guest.memory.data_page(index);
+        self.note(page * PAGE_BYTES as u64, guest.content.check(page, generation, at));
         self.heart.look();
     }
 
@@ -145,7 +143,7 @@ impl Member {
         let memory = &self.guest.memory;
         self.note(memory.hashes_address(), same(self.ledger.load(Entry::Seal), hash_all(memory.hashes())));
         for (page, hash) in memory.static_pages().zip(memory.hashes()) {
-            self.note(page * PAGE_BYTES as u64, same(hash.load(Relaxed), memory.hash_page(page)));
+            self.note(page * PAGE_BYTES as u64, same(hash.load(Relaxed), hash_page(page)));
             self.heart.look();
         }
     }

@@ -20,8 +20,10 @@ use core::sync::atomic::{AtomicU64, Ordering};
 use crate::ledger::Ledger;
 use crate::workload::page::{LivePage, PAGE_BYTES, PAGE_WORDS};
 
-/// Bytes of a vCPU's block: the ledger page, and 28 KiB of stack that must not grow into it.
-pub(crate) const BLOCK_BYTES: u64 = 8 * PAGE;
+/// Bytes of a vCPU's block: the ledger page, and the stack, which must not grow into it.
+pub(crate) const BLOCK_BYTES: u64 = (1 + STACK_PAGES) * PAGE;
+/// Pages of a vCPU's block that a check leaves out.
+pub(crate) const STACK_PAGES: u64 = 7;
 
 const PAGE: u64 = PAGE_BYTES as u64;
 const GIB: u64 = 1 << 30;
@@ -94,57 +96,36 @@ impl Memory {
         self.ram.iter().map(|pages| pages.end - pages.start).sum()
     }
 
-    /// Pages of a vCPU's block that a check leaves out.
-    pub(crate) const fn stack_pages(&self) -> u64 {
-        BLOCK_BYTES / PAGE - 1
-    }
-
     /// Pages that hold data.
     pub(crate) fn data_pages(&self) -> u64 {
         self.data().map(|pages| pages.end - pages.start).sum()
     }
 
-    /// The page number of data page number `index`.
-    pub(crate) fn data_page(&self, mut index: u64) -> u64 {
+    /// Data page number `index`: its page number and its content.
+    pub(crate) fn data_page(&self, mut index: u64) -> (u64, LivePage) {
         for pages in self.data() {
             let len = pages.end - pages.start;
             if index < len {
-                return pages.start + index;
+                let page = pages.start + index;
+                // SAFETY: a page of RAM, mapped, which belongs to no Rust object.
+                return (page, unsafe { LivePage::new((page * PAGE) as *mut u8) });
             }
             index -= len;
         }
         panic!("data page {index} past the last");
     }
 
-    /// A data page's content.
-    pub(crate) fn live(&self, page: u64) -> LivePage {
-        // SAFETY: a page of RAM, mapped, which belongs to no Rust object.
-        unsafe { LivePage::new((page * PAGE) as *mut u8) }
-    }
-
     /// The ledger of a vCPU.
     pub(crate) fn ledger(&self, vcpu: u64) -> &'static Ledger {
         assert!(vcpu < self.vcpus);
         // SAFETY: the page belongs to this ledger alone, was zero at boot, and a ledger consists of atomics.
-        unsafe { &*(self.ledger_address(vcpu) as *const Ledger) }
-    }
-
-    /// Where that is.
-    pub(crate) fn ledger_address(&self, vcpu: u64) -> u64 {
-        image().end * PAGE + vcpu * BLOCK_BYTES
+        unsafe { &*(ledger_address(vcpu) as *const Ledger) }
     }
 
     /// Page numbers of all static pages.
     pub(crate) fn static_pages(&self) -> impl Iterator<Item = u64> {
         let low = self.ram.iter().flat_map(|pages| pages.start..pages.end.min(FIRST_MIB / PAGE));
         low.chain(image()).chain(self.first_directory..self.first_hash)
-    }
-
-    /// The hash of the present content of a page.
-    pub(crate) fn hash_page(&self, page: u64) -> u64 {
-        let words = (page * PAGE) as *const u64;
-        // SAFETY: a page of RAM, mapped; volatile because others may own what lies there.
-        hash((0..PAGE_WORDS).map(|index| unsafe { words.add(index).read_volatile() }))
     }
 
     /// Where the hashes of the static pages are kept, one for each in order; the rest stays zero.
@@ -163,6 +144,18 @@ impl Memory {
         let first_data = self.first_data;
         self.ram.iter().map(move |pages| pages.start.max(first_data).min(pages.end)..pages.end)
     }
+}
+
+/// Where a vCPU's ledger is.
+pub(crate) fn ledger_address(vcpu: u64) -> u64 {
+    image().end * PAGE + vcpu * BLOCK_BYTES
+}
+
+/// The hash of the present content of a static page.
+pub(crate) fn hash_page(page: u64) -> u64 {
+    let words = (page * PAGE) as *const u64;
+    // SAFETY: a page of RAM, mapped; volatile because others may own what lies there.
+    hash((0..PAGE_WORDS).map(|index| unsafe { words.add(index).read_volatile() }))
 }
 
 /// A hash that changes whenever a single word does.

@@ -7,8 +7,6 @@
 
 mod cli;
 mod guest;
-// The machine can do more than this program asks of it.
-#[allow(dead_code, unused_imports)]
 mod machine;
 mod payload;
 mod process_guest;

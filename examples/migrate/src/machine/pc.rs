@@ -47,7 +47,7 @@ pub(super) struct Kind {
 pub(super) struct Pc {
     // Fields are dropped in this order: nobody may type into a machine that is gone.
     input: Option<Input>,
-    pub(super) machine: Arc<Machine>,
+    pub(super) machine: Machine,
     pub(super) devices: Arc<Devices>,
     pub(super) kind: Kind,
 }
@@ -66,11 +66,11 @@ impl Pc {
         let devices = Arc::new(Devices::new(interrupt, console.output));
         machine.start(Arc::clone(&devices) as _)?;
         let input = console.input.map(|file| Input::start(file.as_fd(), Arc::clone(&devices))).transpose()?;
-        Ok(Self { input, machine: Arc::new(machine), devices, kind })
+        Ok(Self { input, machine, devices, kind })
     }
 
     pub(super) fn handle(&self) -> GuestHandle {
-        GuestHandle::new(&self.machine, &self.devices, self.kind.payload)
+        GuestHandle::new(&self.devices, self.kind.payload, self.machine.memory().layout().page_count())
     }
 
     pub(super) fn resume(&self) -> Result<(), KvmError> {

@@ -85,7 +85,7 @@ impl SourceVm for LiveGuest {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
-        Ok(Description::of(&self.pc)?.write(out)?)
+        Ok(Description::of(&self.pc).write(out)?)
     }
 
     fn is_running(&self) -> bool {

@@ -148,8 +148,8 @@ fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, V
 fn show_console(handle: &GuestHandle, screen: &Arc<Screen>) -> io::Result<()> {
     let (lines, screen) = (handle.lines(), Arc::clone(screen));
     let show = move || {
-        for line in lines.iter().filter(|line| Line::parse(&line.text).is_none()) {
-            screen.console(&line.text);
+        for line in lines.iter().filter(|line| Line::parse(line).is_none()) {
+            screen.console(&line);
         }
     };
     std::thread::Builder::new().name("console".to_owned()).spawn(show)?;

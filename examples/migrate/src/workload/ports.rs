@@ -3,10 +3,9 @@
 //! A machine without these ports (QEMU) ignores the writes and answers reads with ones: the guest
 //! then never rests and hears no command, but works.
 
-/// The first of three COM1-style serial ports' registers; the guest writes its lines to this one.
+/// The data register of the first serial port (COM1), 8 bits wide; the guest prints its lines here,
+/// without asking whether the port is ready for a byte: in a virtual machine it always is.
 pub(crate) const SERIAL_DATA: u16 = 0x3f8;
-/// Line status of the serial port; bit 5 says that it takes another byte.
-pub(crate) const SERIAL_STATUS: u16 = 0x3fd;
 /// Written by a vCPU that has nothing to do: the microseconds it wants to sleep. The host sleeps that
 /// long outside its locks (a pause or a shorter sleep is fine) and then resumes the vCPU.
 pub(crate) const REST: u16 = 0xe00;

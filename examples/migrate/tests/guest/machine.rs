@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -16,11 +16,11 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::payload;
+use crate::workload::line::Line;
+use crate::workload::page::PAGE_BYTES;
 use crate::workload::params::Params;
 use crate::workload::ports::{self, Command};
 
-const HOLE_START: u64 = 3 << 30;
-const HOLE_END: u64 = 4 << 30;
 const START_INFO: u64 = 0x6000;
 const MEMORY_MAP: u64 = 0x6100;
 const COMMAND_LINE: u64 = 0x7000;
@@ -30,6 +30,7 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// A running guest.
 pub(crate) struct Machine {
     memory: GuestMemoryMmap,
+    image_end: u64,
     ports: Arc<Ports>,
     lines: Receiver<String>,
     vcpus: Vec<JoinHandle<()>>,
@@ -40,6 +41,8 @@ pub(crate) struct Machine {
 struct Ports {
     commands: Mutex<VecDeque<Command>>,
     beats: AtomicU64,
+    /// How long the next beat is to take.
+    hold_ms: AtomicU64,
     stop: AtomicBool,
 }
 
@@ -53,16 +56,16 @@ pub(crate) fn have_kvm() -> bool {
 }
 
 impl Machine {
-    /// Starts the guest with this much RAM.
-    pub(crate) fn start(ram_bytes: u64, params: Params) -> Self {
+    /// Starts the guest with these runs of RAM (address and length).
+    pub(crate) fn start(ram: &[(u64, u64)], params: Params) -> Self {
         let kvm = Kvm::new().unwrap();
         let vm = kvm.create_vm().unwrap();
         vm.set_tss_address(0xfffb_d000).unwrap();
         vm.create_irq_chip().unwrap();
-        let memory = map_memory(&vm, ram_bytes);
+        let memory = map_memory(&vm, ram);
         let vcpus: Vec<_> = (0..params.vcpus).map(|id| vcpu(&kvm, &vm, id)).collect();
         let params = Params { tsc_khz: vcpus[0].get_tsc_khz().unwrap(), ..params };
-        let entry = load(&memory, &params);
+        let (entry, image_end) = load(&memory, &params);
         enter_at(&vcpus[0], entry);
         let ports = Arc::new(Ports::default());
         let (sender, lines) = channel();
@@ -71,14 +74,22 @@ impl Machine {
             std::thread::spawn(move || run_vcpu(vcpu, &ports, &sender))
         };
         let vcpus = vcpus.into_iter().map(run).collect();
-        Self { memory, ports, lines, vcpus, _vm: vm }
+        Self { memory, image_end, ports, lines, vcpus, _vm: vm }
     }
 
-    /// The guest's next line.
-    pub(crate) fn line(&self) -> String {
-        let line = self.lines.recv_timeout(PATIENCE).expect("the guest prints a line");
-        println!("guest: {line}");
-        line
+    /// Waits for a line that `pick` wants.
+    pub(crate) fn wait_for<T>(&self, pick: impl Fn(Line<'_>) -> Option<T>) -> T {
+        loop {
+            let text = self.lines.recv_timeout(PATIENCE).expect("the guest goes on printing");
+            match Line::parse(&text) {
+                Some(Line::Panic(_)) | None => panic!("the guest printed: {text}"),
+                Some(line) => {
+                    if let Some(picked) = pick(line) {
+                        return picked;
+                    }
+                }
+            }
+        }
     }
 
     /// Sends a command.
@@ -91,9 +102,26 @@ impl Machine {
         self.ports.beats.load(Ordering::Relaxed)
     }
 
-    /// The guest's memory.
-    pub(crate) fn memory(&self) -> &GuestMemoryMmap {
-        &self.memory
+    /// Makes the next beat take this long.
+    pub(crate) fn hold_next_beat(&self, time: Duration) {
+        self.ports.hold_ms.store(time.as_millis() as u64, Ordering::Relaxed);
+    }
+
+    /// Reads a page.
+    pub(crate) fn read(&self, page: u64) -> Vec<u8> {
+        let mut bytes = vec![0; PAGE_BYTES];
+        self.memory.read_slice(&mut bytes, GuestAddress(page * PAGE_BYTES as u64)).unwrap();
+        bytes
+    }
+
+    /// Overwrites a page.
+    pub(crate) fn write(&self, page: u64, bytes: &[u8]) {
+        self.memory.write_slice(bytes, GuestAddress(page * PAGE_BYTES as u64)).unwrap();
+    }
+
+    /// The page after the loaded program, where the guest's own tables begin.
+    pub(crate) fn first_page_after_image(&self) -> u64 {
+        self.image_end.div_ceil(PAGE_BYTES as u64)
     }
 }
 
@@ -112,12 +140,8 @@ impl Drop for Machine {
     }
 }
 
-fn map_memory(vm: &VmFd, ram_bytes: u64) -> GuestMemoryMmap {
-    let low = ram_bytes.min(HOLE_START);
-    let mut ranges = vec![(GuestAddress(0), low as usize)];
-    if ram_bytes > low {
-        ranges.push((GuestAddress(HOLE_END), (ram_bytes - low) as usize));
-    }
+fn map_memory(vm: &VmFd, ram: &[(u64, u64)]) -> GuestMemoryMmap {
+    let ranges: Vec<_> = ram.iter().map(|&(start, len)| (GuestAddress(start), len as usize)).collect();
     let memory = GuestMemoryMmap::from_ranges(&ranges).unwrap();
     for (slot, region) in memory.iter().enumerate() {
         let region = kvm_userspace_memory_region {
@@ -143,8 +167,8 @@ fn vcpu(kvm: &Kvm, vm: &VmFd, id: u32) -> VcpuFd {
     vcpu
 }
 
-/// Loads the program and its start info; returns the entry point.
-fn load(memory: &GuestMemoryMmap, params: &Params) -> u64 {
+/// Loads the program and its start info; returns the entry point and the end of the program.
+fn load(memory: &GuestMemoryMmap, params: &Params) -> (u64, u64) {
     let loaded = Elf::load(memory, None, &mut std::io::Cursor::new(payload::IMAGE), None).unwrap();
     let PvhBootCapability::PvhEntryPresent(entry) = loaded.pvh_boot_cap else { panic!("the guest has no PVH entry") };
     let mut line = params.to_string().into_bytes();
@@ -161,7 +185,7 @@ fn load(memory: &GuestMemoryMmap, params: &Params) -> u64 {
     }
     let info = [0x1_336e_c578_u64, 0, 0, COMMAND_LINE, 0, MEMORY_MAP, map.len() as u64];
     memory.write_obj(info, GuestAddress(START_INFO)).unwrap();
-    entry.raw_value()
+    (entry.raw_value(), loaded.kernel_end)
 }
 
 /// The state the PVH convention asks for.
@@ -186,18 +210,18 @@ fn run_vcpu(mut vcpu: VcpuFd, ports: &Ports, lines: &Sender<String>) {
                 b'\n' => drop(lines.send(std::mem::take(&mut line))),
                 byte => line.push(char::from(byte)),
             },
-            Ok(VcpuExit::IoIn(ports::SERIAL_STATUS, data)) => data.fill(0x60),
             Ok(VcpuExit::IoOut(ports::REST, data)) => {
                 let micros = u32::from_le_bytes(data.try_into().unwrap());
                 std::thread::sleep(Duration::from_micros(u64::from(micros)));
             }
-            Ok(VcpuExit::IoOut(ports::BEAT, _)) => drop(ports.beats.fetch_add(1, Ordering::Relaxed)),
+            Ok(VcpuExit::IoOut(ports::BEAT, _)) => {
+                ports.beats.fetch_add(1, Ordering::Relaxed);
+                std::thread::sleep(Duration::from_millis(ports.hold_ms.swap(0, Ordering::Relaxed)));
+            }
             Ok(VcpuExit::IoIn(ports::COMMAND, data)) => {
                 let command = ports.commands.lock().unwrap().pop_front().map_or(0, |command| command as u32);
                 data.copy_from_slice(&command.to_le_bytes());
             }
-            Ok(VcpuExit::IoOut(..)) => {}
-            Ok(VcpuExit::IoIn(_, data)) => data.fill(0xff),
             Ok(exit) => {
                 let exit = format!("{exit:?}");
                 panic!("{exit} at {:x?} {:x?}", vcpu.get_regs(), vcpu.get_sregs());
@@ -217,9 +241,4 @@ fn allow_kicks() {
         action.sa_sigaction = nothing as *const () as usize;
         libc::sigaction(libc::SIGUSR1, &action, std::ptr::null_mut());
     }
-}
-
-/// Seconds since `start`, for rates in a test's output.
-pub(crate) fn seconds_since(start: Instant) -> f64 {
-    start.elapsed().as_secs_f64()
 }

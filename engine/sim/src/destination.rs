@@ -1,0 +1,584 @@
+//! The destination's driver as one actor, with its door, its receiving and its sending threads.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use pageferry::Error;
+use pageferry::barrier::RoundBarrier;
+use pageferry::digest::{Digest, HashTable, PageHasher};
+use pageferry::encode::Tally;
+use pageferry::limits::{FAREWELL, GREETING_TIMEOUT, HEARTBEAT};
+use pageferry::memory::{Backing, Layout, MappedMemory};
+use pageferry::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome, Phase};
+use pageferry::transport::LaneRole;
+use pageferry::vm::VmResult;
+use pageferry::wire::{FrameBuffer, Greeting, GreetingRole, Message, Offer, SessionId};
+
+use crate::clock::{Event, HostId};
+use crate::fault::Call;
+use crate::guest::{SharedGuest, lock};
+use crate::network::{End, LaneId};
+use crate::random::Random;
+use crate::receiver::{Received, Receiver, Room};
+use crate::scenario::{Canary, VmPlan};
+use crate::sender::{Said, Sender, Shared};
+use crate::source::state_of;
+use crate::verify;
+use crate::world::Context;
+
+/// What the threads tell the driver.
+#[derive(Debug)]
+enum Heard {
+    Greeted(LaneId, Greeting),
+    Received(Received),
+    ControlBroken(Error),
+    ControlSent,
+    Hashed(Digest, Duration),
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Life {
+    Driving,
+    Farewell,
+    Over,
+}
+
+/// What a destination is made of.
+pub(crate) struct DestinationParts {
+    pub(crate) id: HostId,
+    pub(crate) guest: SharedGuest,
+    pub(crate) session: DestinationSession,
+    pub(crate) vm: VmPlan,
+    pub(crate) random: Random,
+    pub(crate) canary: Option<Canary>,
+    /// Stands for a process that was started after another died: its VM is no guest of ours.
+    pub(crate) knows_nothing: bool,
+}
+
+/// A destination's process.
+pub(crate) struct DestinationHost {
+    pub(crate) id: HostId,
+    guest: SharedGuest,
+    session: DestinationSession,
+    vm: VmPlan,
+    random: Random,
+    canary: Option<Canary>,
+    knows_nothing: bool,
+    started: Duration,
+    inbox: VecDeque<Heard>,
+    /// Lanes in the door, and lanes that have introduced themselves.
+    door: BTreeMap<LaneId, FrameBuffer>,
+    greeted: BTreeSet<LaneId>,
+    room: Option<Room>,
+    receivers: Vec<Receiver>,
+    senders: Vec<Sender>,
+    shared: Shared,
+    control: Option<usize>,
+    opened: Vec<LaneId>,
+    progress_heard: u64,
+    cancel: bool,
+    cancel_told: bool,
+    work: Option<DestinationAction>,
+    work_began: Duration,
+    verify_began: Duration,
+    life: Life,
+    turn_due: bool,
+    wait: u64,
+    stuck: u32,
+}
+
+impl DestinationHost {
+    pub(crate) fn new(parts: DestinationParts) -> Self {
+        Self {
+            id: parts.id,
+            guest: parts.guest,
+            session: parts.session,
+            vm: parts.vm,
+            random: parts.random,
+            canary: parts.canary,
+            knows_nothing: parts.knows_nothing,
+            started: Duration::ZERO,
+            inbox: VecDeque::new(),
+            door: BTreeMap::new(),
+            greeted: BTreeSet::new(),
+            room: None,
+            receivers: Vec::new(),
+            senders: Vec::new(),
+            shared: Shared::default(),
+            control: None,
+            opened: Vec::new(),
+            progress_heard: 0,
+            cancel: false,
+            cancel_told: false,
+            work: None,
+            work_began: Duration::ZERO,
+            verify_began: Duration::ZERO,
+            life: Life::Driving,
+            turn_due: false,
+            wait: 0,
+            stuck: 0,
+        }
+    }
+
+    pub(crate) fn start(&mut self, ctx: &mut Context) {
+        self.started = ctx.clock.now;
+        self.go_on(ctx);
+    }
+
+    pub(crate) fn is_over(&self) -> bool {
+        self.life == Life::Over
+    }
+
+    /// Whether it waits for a source and may do so for ever.
+    pub(crate) fn is_waiting(&self) -> bool {
+        self.life == Life::Driving && self.session.phase() == Phase::Waiting
+    }
+
+    pub(crate) fn session_id(&self) -> Option<SessionId> {
+        self.session.session()
+    }
+
+    pub(crate) fn outcome(&self) -> Option<&Outcome> {
+        self.session.outcome()
+    }
+
+    /// The session, to be asked after its end.
+    pub(crate) fn session_mut(&mut self) -> &mut DestinationSession {
+        &mut self.session
+    }
+
+    pub(crate) fn cancel(&mut self, ctx: &mut Context) {
+        self.cancel = true;
+        if self.life == Life::Driving {
+            self.turn_soon(ctx);
+        }
+    }
+
+    // ---- the driver's loop ----
+
+    pub(crate) fn on_turn(&mut self, ctx: &mut Context) {
+        self.turn_due = false;
+        match self.life {
+            Life::Over => {}
+            Life::Farewell => self.hear_farewell(ctx),
+            Life::Driving if self.work.is_some() => {}
+            Life::Driving => self.turn(ctx),
+        }
+    }
+
+    pub(crate) fn on_timer(&mut self, ctx: &mut Context, wait: u64) {
+        if wait == self.wait && self.life == Life::Driving && self.work.is_none() && !self.turn_due {
+            self.turn(ctx);
+        }
+    }
+
+    fn turn(&mut self, ctx: &mut Context) {
+        if let Some(heard) = self.inbox.pop_front() {
+            self.on_event(ctx, heard);
+        }
+        self.tell_time(ctx);
+        self.go_on(ctx);
+    }
+
+    fn tell_time(&mut self, ctx: &mut Context) {
+        let progress = self.shared.progress;
+        let heard = std::mem::replace(&mut self.progress_heard, progress) != progress;
+        self.tell(ctx, if heard { DestinationInput::Heard } else { DestinationInput::Tick });
+    }
+
+    fn go_on(&mut self, ctx: &mut Context) {
+        loop {
+            while let Some(action) = self.session.poll_action() {
+                if !self.perform(ctx, action) {
+                    return;
+                }
+            }
+            if self.session.outcome().is_some() {
+                return self.say_farewell(ctx);
+            }
+            if !self.cancel || std::mem::replace(&mut self.cancel_told, true) {
+                break;
+            }
+            self.tell(ctx, DestinationInput::Cancel);
+        }
+        self.await_more(ctx);
+    }
+
+    fn await_more(&mut self, ctx: &mut Context) {
+        self.wait += 1;
+        if !self.inbox.is_empty() {
+            self.turn_soon(ctx);
+        }
+        let now = ctx.clock.now;
+        let deadline = self.session.poll_timeout().map_or(Duration::MAX, |at| self.started.saturating_add(at));
+        self.stuck = if deadline <= now { self.stuck + 1 } else { 0 };
+        if self.stuck > 3 {
+            let phase = self.session.phase();
+            lock(&self.guest)
+                .violate(format!("the destination's deadline in {phase:?} is past and a tick does not resolve it"));
+        }
+        ctx.clock.at(deadline.min(now + HEARTBEAT), Event::Timer(self.id, self.wait));
+    }
+
+    fn turn_soon(&mut self, ctx: &mut Context) {
+        if !std::mem::replace(&mut self.turn_due, true) {
+            let delay = Duration::from_nanos(self.random.below(30_000));
+            ctx.clock.after(delay, Event::Turn(self.id));
+        }
+    }
+
+    fn tell(&mut self, ctx: &mut Context, input: DestinationInput) {
+        if !matches!(input, DestinationInput::Tick | DestinationInput::Heard) {
+            let what = std::mem::discriminant(&input);
+            ctx.clock.note("destination", ("input", what), || crate::trace::shorten(format!("<- {input:?}")));
+        }
+        self.session.handle(ctx.clock.now.saturating_sub(self.started), input);
+    }
+
+    fn on_event(&mut self, ctx: &mut Context, heard: Heard) {
+        let input = match heard {
+            Heard::Greeted(lane, greeting) => {
+                let peer = "the source".to_owned();
+                DestinationInput::Greeted { lane: LaneKey(lane as u64), greeting, peer }
+            }
+            Heard::Received(Received::Message(message)) => DestinationInput::Message(message),
+            Heard::Received(Received::RoundComplete(round, digest)) => {
+                DestinationInput::RoundComplete { round, digest }
+            }
+            Heard::Received(Received::PlacingFailed(error)) => DestinationInput::Failed(error),
+            Heard::Received(Received::ControlBroken(error)) | Heard::ControlBroken(error) => {
+                DestinationInput::LinkLost(error)
+            }
+            Heard::Received(Received::DataLaneBroken(error)) => DestinationInput::DataLaneLost(error),
+            Heard::ControlSent => return,
+            Heard::Hashed(digest, took) => DestinationInput::Verified { digest, took },
+        };
+        self.tell(ctx, input);
+    }
+
+    // ---- performing ----
+
+    fn perform(&mut self, ctx: &mut Context, action: DestinationAction) -> bool {
+        let what = std::mem::discriminant(&action);
+        ctx.clock.note("destination", ("action", what), || crate::trace::shorten(format!("-> {action:?}")));
+        match action {
+            DestinationAction::Adopt(lane, role) => self.adopt(ctx, lane.0 as LaneId, role),
+            DestinationAction::Answer(lane, message) => self.answer(ctx, lane.0 as LaneId, &message),
+            DestinationAction::Drop(lane) => {
+                if self.greeted.remove(&(lane.0 as LaneId)) {
+                    ctx.network.close(&mut ctx.clock, lane.0 as LaneId, End::Destination);
+                }
+            }
+            DestinationAction::CloseLanes => self.close_lanes(ctx),
+            DestinationAction::Send(message) => self.send(ctx, message),
+            DestinationAction::Verify => {
+                self.verify_began = ctx.clock.now;
+                ctx.clock.after(verify::time(&self.guest), Event::Verified(self.id));
+            }
+            DestinationAction::AbortVm => self.abort(),
+            DestinationAction::Notify(_) => {}
+            action
+            @ (DestinationAction::MakeRoom(_) | DestinationAction::Load(_) | DestinationAction::Start { .. }) => {
+                self.begin_call(ctx, action);
+                return false;
+            }
+        }
+        true
+    }
+
+    fn send(&mut self, ctx: &mut Context, message: Message) {
+        let prepared = matches!(message, Message::Prepared(_));
+        if let Some(control) = self.control {
+            self.senders[control].send(ctx, message);
+        }
+        if prepared && self.canary == Some(Canary::StartsWithoutCommit) {
+            // What a broken engine could do.
+            let _ = self.commit(ctx, true);
+        }
+    }
+
+    fn begin_call(&mut self, ctx: &mut Context, action: DestinationAction) {
+        let lasts = Duration::from_nanos(self.random.below(self.vm.longest_call.as_nanos() as u64 + 1));
+        self.work = Some(action);
+        self.work_began = ctx.clock.now;
+        ctx.clock.after(lasts, Event::Work(self.id));
+    }
+
+    pub(crate) fn on_work_done(&mut self, ctx: &mut Context) {
+        let Some(action) = self.work.take() else { return };
+        let took = ctx.clock.now - self.work_began;
+        let input = match action {
+            DestinationAction::MakeRoom(offer) => match self.make_room(&offer) {
+                Ok(()) => DestinationInput::RoomMade,
+                Err(error) => DestinationInput::RoomRefused(error.to_string()),
+            },
+            DestinationAction::Load(state) => match self.load(&state) {
+                Ok(()) => DestinationInput::Loaded { took },
+                Err(source) => DestinationInput::Failed(Error::Vm { what: "load the machine state", source }),
+            },
+            DestinationAction::Start { run } => match self.commit(ctx, run) {
+                Ok(()) => DestinationInput::Started { took },
+                Err(source) => DestinationInput::Failed(Error::Vm { what: "start the guest", source }),
+            },
+            _ => return,
+        };
+        self.tell(ctx, input);
+        self.go_on(ctx);
+    }
+
+    fn make_room(&mut self, offer: &Offer) -> VmResult<()> {
+        let mut guest = lock(&self.guest);
+        guest.attempt(Call::Prepare)?;
+        if self.knows_nothing {
+            return Err("this VMM is not ready for a guest".into());
+        }
+        let memory = Arc::new(fresh_memory(&offer.layout)?);
+        guest.destination.memory = Some(Arc::clone(&memory));
+        self.room = Some(Room {
+            memory,
+            hasher: PageHasher::new(&offer.digest_key),
+            table: Arc::new(HashTable::new(offer.layout.page_space())),
+            single_lane: offer.data_lanes == 0,
+            barrier: RoundBarrier::new(offer.data_lanes.max(1)),
+            tally: Tally::default(),
+            closed: false,
+            progress: 0,
+            overtakes: self.canary == Some(Canary::BarrierOvertaken),
+            opened: false,
+        });
+        Ok(())
+    }
+
+    fn load(&mut self, state: &[u8]) -> VmResult<()> {
+        let mut guest = lock(&self.guest);
+        guest.attempt(Call::Load)?;
+        let counter = state.first_chunk().copied().map(u64::from_le_bytes).ok_or("the machine state is too short")?;
+        if state != state_of(counter, state.len() - 8) {
+            return Err("the machine state is damaged".into());
+        }
+        guest.destination.loaded = Some(counter);
+        Ok(())
+    }
+
+    fn commit(&mut self, ctx: &mut Context, run: bool) -> VmResult<()> {
+        let mut guest = lock(&self.guest);
+        guest.attempt(Call::Commit)?;
+        guest.commit_destination();
+        guest.destination.runs = run;
+        if run != guest.ran {
+            guest.violate("the guest's running state changed at hand-over");
+        }
+        ctx.clock.after(Duration::ZERO, Event::Guest);
+        Ok(())
+    }
+
+    fn abort(&mut self) {
+        if !self.knows_nothing {
+            lock(&self.guest).abort_destination();
+        }
+    }
+
+    pub(crate) fn on_verified(&mut self, ctx: &mut Context) {
+        let Some(room) = &mut self.room else { return };
+        let digest = verify::digest(&*room.memory, &room.hasher);
+        room.progress += 1;
+        self.shared.progress = room.progress;
+        let took = ctx.clock.now - self.verify_began;
+        self.hear(ctx, Heard::Hashed(digest, took));
+    }
+
+    // ---- the door ----
+
+    /// Somebody has connected.
+    pub(crate) fn on_arrival(&mut self, ctx: &mut Context, lane: LaneId) {
+        self.door.insert(lane, FrameBuffer::new());
+        ctx.clock.after(GREETING_TIMEOUT, Event::DoorTimeout(lane));
+        ctx.clock.after(Duration::ZERO, Event::Readable(lane, End::Destination));
+    }
+
+    pub(crate) fn on_door_timeout(&mut self, ctx: &mut Context, lane: LaneId) {
+        if self.door.remove(&lane).is_some() {
+            ctx.network.close(&mut ctx.clock, lane, End::Destination);
+        }
+    }
+
+    fn hear_greeting(&mut self, ctx: &mut Context, lane: LaneId) {
+        let Some(frame) = self.door.get_mut(&lane) else { return };
+        let greeting = match ctx.network.read(&mut ctx.clock, lane, End::Destination, frame) {
+            Ok(false) => return,
+            Ok(true) => greeting_in(frame),
+            Err(_) => None,
+        };
+        self.door.remove(&lane);
+        match greeting {
+            Some(greeting) => {
+                self.greeted.insert(lane);
+                self.hear(ctx, Heard::Greeted(lane, greeting));
+            }
+            None => ctx.network.close(&mut ctx.clock, lane, End::Destination),
+        }
+    }
+
+    // ---- lanes ----
+
+    fn adopt(&mut self, ctx: &mut Context, lane: LaneId, role: GreetingRole) {
+        if !self.greeted.remove(&lane) {
+            return;
+        }
+        self.opened.push(lane);
+        let role = if let GreetingRole::Data(index) = role { LaneRole::Data(index) } else { LaneRole::Control };
+        self.receivers.push(Receiver::new(lane, role));
+        if role == LaneRole::Control {
+            self.replace_control(ctx);
+            let mut sender = Sender::new(self.id, self.senders.len(), End::Destination, lane, role);
+            sender.wake(ctx);
+            self.control = Some(self.senders.len());
+            self.senders.push(sender);
+        }
+        ctx.clock.after(Duration::ZERO, Event::Readable(lane, End::Destination));
+    }
+
+    fn replace_control(&mut self, ctx: &mut Context) {
+        if let Some(control) = self.control.take() {
+            self.senders[control].close_messages(ctx);
+        }
+    }
+
+    fn answer(&mut self, ctx: &mut Context, lane: LaneId, message: &Message) {
+        if !self.greeted.remove(&lane) {
+            return;
+        }
+        let frame = message.encode(0);
+        ctx.note_frame(lane, End::Destination, &frame);
+        // A peer that has gone needs no answer.
+        let _ = ctx.network.write(&mut ctx.clock, lane, End::Destination, frame);
+        ctx.clock.after(FAREWELL, Event::CloseAnswered(lane));
+    }
+
+    fn close_lanes(&mut self, ctx: &mut Context) {
+        self.replace_control(ctx);
+        for lane in self.opened.drain(..) {
+            ctx.network.close(&mut ctx.clock, lane, End::Destination);
+        }
+    }
+
+    // ---- threads ----
+
+    fn hear(&mut self, ctx: &mut Context, heard: Heard) {
+        if self.life != Life::Over {
+            self.inbox.push_back(heard);
+            self.turn_soon(ctx);
+        }
+    }
+
+    pub(crate) fn on_readable(&mut self, ctx: &mut Context, lane: LaneId) {
+        if self.door.contains_key(&lane) {
+            return self.hear_greeting(ctx, lane);
+        }
+        if let Some(index) = self.receivers.iter().position(|receiver| receiver.lane == lane && !receiver.gone) {
+            if !self.receivers[index].waits {
+                self.on_receiver(ctx, index);
+            }
+        }
+    }
+
+    pub(crate) fn on_receiver(&mut self, ctx: &mut Context, index: usize) {
+        while let Some(received) = self.receivers[index].run(ctx, &mut self.room) {
+            self.hear(ctx, Heard::Received(received));
+        }
+        let Some(room) = &mut self.room else { return };
+        self.shared.progress = room.progress;
+        if std::mem::replace(&mut room.opened, false) {
+            self.wake_receivers(ctx);
+        }
+    }
+
+    /// The barrier has opened.
+    fn wake_receivers(&mut self, ctx: &mut Context) {
+        for (index, _) in self.receivers.iter().enumerate().filter(|(_, receiver)| receiver.waits) {
+            let delay = Duration::from_nanos(self.random.below(10_000));
+            ctx.clock.after(delay, Event::Receiver(self.id, index));
+        }
+    }
+
+    pub(crate) fn on_sender(&mut self, ctx: &mut Context, index: usize) {
+        let said = self.senders[index].run(ctx, &mut self.shared);
+        self.on_said(ctx, said);
+    }
+
+    pub(crate) fn on_heartbeat(&mut self, ctx: &mut Context, index: usize, since: u64) {
+        let said = self.senders[index].beat(ctx, &self.shared, since);
+        self.on_said(ctx, said);
+    }
+
+    fn on_said(&mut self, ctx: &mut Context, said: Option<Said>) {
+        match said {
+            Some(Said::AllSent) => self.hear(ctx, Heard::ControlSent),
+            Some(Said::Broken(error)) => self.hear(ctx, Heard::ControlBroken(error)),
+            Some(Said::Flushed(_)) | None => {}
+        }
+    }
+
+    pub(crate) fn on_writable(&mut self, ctx: &mut Context, lane: LaneId) {
+        for sender in self.senders.iter_mut().filter(|sender| sender.lane == lane && sender.is_blocked()) {
+            sender.wake(ctx);
+        }
+    }
+
+    // ---- the end ----
+
+    fn say_farewell(&mut self, ctx: &mut Context) {
+        self.life = Life::Farewell;
+        let outcome = format!("{:?}", self.session.outcome());
+        ctx.clock.note("destination", ("outcome", &outcome), || format!("== {outcome}"));
+        for (lane, _) in std::mem::take(&mut self.door) {
+            ctx.network.close(&mut ctx.clock, lane, End::Destination);
+        }
+        let Some(control) = self.control.take() else { return self.close(ctx) };
+        self.senders[control].close_messages(ctx);
+        ctx.clock.after(FAREWELL, Event::Farewell(self.id));
+        self.turn_soon(ctx);
+    }
+
+    fn hear_farewell(&mut self, ctx: &mut Context) {
+        while let Some(heard) = self.inbox.pop_front() {
+            if matches!(
+                heard,
+                Heard::ControlSent | Heard::ControlBroken(_) | Heard::Received(Received::ControlBroken(_))
+            ) {
+                return self.close(ctx);
+            }
+        }
+    }
+
+    pub(crate) fn on_farewell(&mut self, ctx: &mut Context) {
+        if self.life == Life::Farewell {
+            self.close(ctx);
+        }
+    }
+
+    fn close(&mut self, ctx: &mut Context) {
+        self.life = Life::Over;
+        if let Some(room) = &mut self.room {
+            room.closed = true;
+        }
+        self.close_lanes(ctx);
+        for lane in std::mem::take(&mut self.greeted) {
+            ctx.network.close(&mut ctx.clock, lane, End::Destination);
+        }
+    }
+}
+
+fn greeting_in(frame: &FrameBuffer) -> Option<Greeting> {
+    let first = frame.header().ok()?.sequence == 0;
+    match Message::decode(frame) {
+        Ok(Message::Greeting(greeting)) if first => Some(greeting),
+        _ => None,
+    }
+}
+
+/// Memory behind memfds: what is populated is exact there, and so the same in every run.
+pub(crate) fn fresh_memory(layout: &Layout) -> std::io::Result<MappedMemory> {
+    MappedMemory::new(layout.clone(), Backing::Memfd)
+}

@@ -1,0 +1,210 @@
+//! The receiving threads of the destination, and the barrier between rounds at which they wait.
+
+use std::io;
+use std::sync::Arc;
+
+use pageferry::Error;
+use pageferry::barrier::{Entry, RoundBarrier};
+use pageferry::digest::{Digest, HashTable, PageHasher};
+use pageferry::encode::Tally;
+use pageferry::memory::MappedMemory;
+use pageferry::place::{PlaceError, Placer};
+use pageferry::transport::LaneRole;
+use pageferry::wire::{FrameBuffer, Kind, Message, WireError};
+
+use crate::network::{End, LaneId};
+use crate::source::{broken, invalid};
+use crate::world::Context;
+
+/// What a receiving thread tells its driver.
+#[derive(Debug)]
+pub(crate) enum Received {
+    Message(Message),
+    RoundComplete(u32, Digest),
+    PlacingFailed(Error),
+    ControlBroken(Error),
+    DataLaneBroken(Error),
+}
+
+/// Where pages go, once the VM has made room.
+pub(crate) struct Room {
+    pub(crate) memory: Arc<MappedMemory>,
+    pub(crate) hasher: PageHasher,
+    pub(crate) table: Arc<HashTable>,
+    pub(crate) single_lane: bool,
+    pub(crate) barrier: RoundBarrier,
+    pub(crate) tally: Tally,
+    pub(crate) closed: bool,
+    /// Bytes of pages that came: what signs of life tell.
+    pub(crate) progress: u64,
+    /// The canary: pages of a newer round do not wait.
+    pub(crate) overtakes: bool,
+    /// Whether a round was completed since somebody last looked.
+    pub(crate) opened: bool,
+}
+
+/// A receiving thread.
+pub(crate) struct Receiver {
+    pub(crate) lane: LaneId,
+    role: LaneRole,
+    index: u16,
+    next: u64,
+    frame: FrameBuffer,
+    /// The frame in the buffer waits at the barrier.
+    pub(crate) waits: bool,
+    pub(crate) gone: bool,
+    placer: Option<Placer>,
+    tally: Tally,
+}
+
+enum Step {
+    Told(Received),
+    /// Nothing to tell; there may be more to read.
+    GoOn,
+    /// The frame has to wait.
+    Wait,
+    /// The migration is over.
+    Stop,
+}
+
+impl Receiver {
+    pub(crate) fn new(lane: LaneId, role: LaneRole) -> Self {
+        let index = if let LaneRole::Data(index) = role { index } else { 0 };
+        Self {
+            lane,
+            role,
+            index,
+            next: 1,
+            frame: FrameBuffer::new(),
+            waits: false,
+            gone: false,
+            placer: None,
+            tally: Tally::default(),
+        }
+    }
+
+    /// Reads and handles frames until there is no more, one has to wait, or something is to be told.
+    pub(crate) fn run(&mut self, ctx: &mut Context, room: &mut Option<Room>) -> Option<Received> {
+        while !self.gone {
+            match self.step(ctx, room) {
+                Ok(Some(Step::Told(received))) => return Some(received),
+                Ok(Some(Step::GoOn)) => {}
+                Ok(Some(Step::Stop)) => self.gone = true,
+                Ok(Some(Step::Wait)) => {
+                    self.waits = true;
+                    return None;
+                }
+                Ok(None) => return None,
+                Err(error) => {
+                    self.gone = true;
+                    return Some(match error {
+                        Error::Memory(_) => Received::PlacingFailed(error),
+                        _ if self.is_control() => Received::ControlBroken(error),
+                        _ => Received::DataLaneBroken(error),
+                    });
+                }
+            }
+        }
+        None
+    }
+
+    fn step(&mut self, ctx: &mut Context, room: &mut Option<Room>) -> Result<Option<Step>, Error> {
+        if !std::mem::replace(&mut self.waits, false) {
+            let read = ctx.network.read(&mut ctx.clock, self.lane, End::Destination, &mut self.frame);
+            match read {
+                Ok(true) => {}
+                Ok(false) => return Ok(None),
+                Err(source) => return Err(self.broken(source)),
+            }
+            let found = self.header()?.sequence;
+            if found != self.next {
+                return Err(invalid(self.role, WireError::Sequence { expected: self.next, found }));
+            }
+            self.next += 1;
+        }
+        let header = self.header()?;
+        match header.kind {
+            Kind::Pages => self.place(room, header.round),
+            _ => self.on_message(room),
+        }
+        .map(Some)
+    }
+
+    fn broken(&self, source: io::Error) -> Error {
+        match source.get_ref().and_then(|inner| inner.downcast_ref::<WireError>()) {
+            Some(wire) => invalid(self.role, wire.clone()),
+            None => broken(self.role, source),
+        }
+    }
+
+    fn header(&self) -> Result<pageferry::wire::Header, Error> {
+        self.frame.header().map_err(|source| invalid(self.role, source))
+    }
+
+    fn is_control(&self) -> bool {
+        self.role == LaneRole::Control
+    }
+
+    fn place(&mut self, room: &mut Option<Room>, round: u32) -> Result<Step, Error> {
+        let room = self.room(room)?;
+        if room.closed {
+            return Ok(Step::Stop);
+        }
+        if self.enter(room, round)? == Entry::Wait && !room.overtakes {
+            return Ok(Step::Wait);
+        }
+        let placer = self
+            .placer
+            .get_or_insert_with(|| Placer::new(room.memory.clone(), room.hasher.clone(), Arc::clone(&room.table)));
+        let tally = placer.place(&self.frame).map_err(|error| match error {
+            PlaceError::Memory(error) => error.into(),
+            PlaceError::Wire(source) => invalid(self.role, source),
+            error => Error::Bug(error.to_string()),
+        })?;
+        self.tally.add(&tally);
+        room.progress += tally.wire_bytes;
+        Ok(Step::GoOn)
+    }
+
+    fn on_message(&mut self, room: &mut Option<Room>) -> Result<Step, Error> {
+        match Message::decode(&self.frame).map_err(|source| invalid(self.role, source))? {
+            Message::RoundEnd { round } => self.end_round(room, round),
+            message if self.is_control() => Ok(Step::Told(Received::Message(message))),
+            message => Err(misbehaved(format!("it sent {message:?} on a data lane"))),
+        }
+    }
+
+    fn end_round(&mut self, room: &mut Option<Room>, round: u32) -> Result<Step, Error> {
+        let room = self.room(room)?;
+        if room.closed {
+            return Ok(Step::Stop);
+        }
+        if self.enter(room, round)? == Entry::Wait {
+            return Ok(Step::Wait);
+        }
+        room.tally.add(&std::mem::take(&mut self.tally));
+        match room.barrier.end(self.index) {
+            Some(complete) => {
+                room.opened = true;
+                Ok(Step::Told(Received::RoundComplete(complete, room.tally.digest)))
+            }
+            None => Ok(Step::GoOn),
+        }
+    }
+
+    fn enter(&self, room: &Room, round: u32) -> Result<Entry, Error> {
+        room.barrier.enter(self.index, round).map_err(|error| misbehaved(error.to_string()))
+    }
+
+    fn room<'a>(&self, room: &'a mut Option<Room>) -> Result<&'a mut Room, Error> {
+        let is_control = self.is_control();
+        match room {
+            Some(room) if room.single_lane || !is_control => Ok(room),
+            _ => Err(misbehaved("it sent pages on the control lane, or before it was asked to".to_owned())),
+        }
+    }
+}
+
+fn misbehaved(what: String) -> Error {
+    Error::PeerMisbehaved { peer: "the source".to_owned(), what }
+}

@@ -1,0 +1,366 @@
+//! Everything that a seed decides before the run begins: the guest, the user's choices, the link, the
+//! VMs, and what goes wrong.
+
+use std::time::Duration;
+
+use pageferry::config::{OnTimeout, Verify};
+use pageferry::memory::{Layout, Region, Transfer};
+use pageferry::transport::LaneRole;
+use pageferry::units::PAGE_SIZE;
+use pageferry::wire::Kind;
+use pageferry::{DestinationConfig, SourceConfig};
+
+use crate::fault::{Call, Cut, Fault, Scope, Trigger, Which};
+use crate::network::Link;
+use crate::random::Random;
+
+/// How the guest writes its memory.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Pattern {
+    /// Time between two steps.
+    pub(crate) interval: Duration,
+    /// Pages written in a step.
+    pub(crate) writes: u64,
+    /// Writes go to so many pages from `first`.
+    pub(crate) reach: u64,
+    pub(crate) first: u64,
+    /// It gives pages back to the host, too.
+    pub(crate) gives_back: bool,
+}
+
+/// In which words a tracker reports.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Report {
+    Words,
+    Ranges,
+    Addresses,
+}
+
+/// What the dirty tracker does.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Tracking {
+    /// A harvest reports without forgetting; arming forgets.
+    pub(crate) manual: bool,
+    /// Every page counts as written when tracking starts.
+    pub(crate) initially_set: bool,
+    pub(crate) report: Report,
+    /// The canary.
+    pub(crate) loses_a_bit: bool,
+}
+
+/// How the VMs behave.
+#[derive(Clone, Debug)]
+pub(crate) struct VmPlan {
+    /// Longest time that a call takes.
+    pub(crate) longest_call: Duration,
+    /// Bytes of machine state.
+    pub(crate) state_len: usize,
+    /// Pages that saving the state writes.
+    pub(crate) save_writes: u64,
+    /// Calls that fail, and the how-manieth time.
+    pub(crate) failures: Vec<(Call, u32)>,
+}
+
+/// A wrong engine that the checkers must find out.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Canary {
+    /// The dirty tracker never reports one page that was written.
+    LostDirtyBit,
+    /// The destination starts the guest when it is prepared, without waiting for Commit.
+    StartsWithoutCommit,
+    /// The destination places pages of a newer round before the older round is complete.
+    BarrierOvertaken,
+}
+
+/// Somebody else at the destination's door.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Visit {
+    /// Connects and says nothing.
+    Silent,
+    /// Sends bytes that are no frame.
+    Garbage,
+    /// Speaks a version from the future.
+    Version,
+    /// Opens a control lane, offers nothing, and leaves at once.
+    Leaves,
+    /// Asks about, or opens a data lane for, a migration that nobody knows.
+    Unknown(bool),
+}
+
+/// One run, as planned.
+#[derive(Clone, Debug)]
+pub(crate) struct Scenario {
+    pub(crate) seed: u64,
+    pub(crate) layout: Layout,
+    /// Pages of the guest that hold something, in per cent.
+    pub(crate) filled: u64,
+    pub(crate) runs: bool,
+    pub(crate) pattern: Pattern,
+    pub(crate) tracking: Tracking,
+    /// Pages are torn while they are read, through a memory that has no window.
+    pub(crate) tears: bool,
+    pub(crate) knows_populated: bool,
+    pub(crate) config: SourceConfig,
+    pub(crate) destination_config: DestinationConfig,
+    /// Decisions of the convergence policy come from the seed.
+    pub(crate) random_policy: bool,
+    pub(crate) link: Link,
+    pub(crate) vm: VmPlan,
+    pub(crate) faults: Vec<(Trigger, Fault)>,
+    pub(crate) visits: Vec<(Duration, Visit)>,
+    pub(crate) switch_over_at: Option<Duration>,
+    pub(crate) canary: Option<Canary>,
+}
+
+impl Scenario {
+    /// The run that a seed stands for.
+    pub(crate) fn of_seed(seed: u64) -> Self {
+        let mut random = Random::new(seed);
+        let layout = layout(&mut random.fork(1));
+        let pages: u64 = layout.regions().iter().map(Region::page_count).sum();
+        let config = source_config(&mut random.fork(2));
+        let destination_config = destination_config(&mut random.fork(3), &config);
+        let link = link(&mut random.fork(4), &config);
+        let mut vm = vm_plan(&mut random.fork(5));
+        let mut dice = random.fork(6);
+        let faults = if dice.chance(15) { Vec::new() } else { faults(&mut dice, &config) };
+        if dice.chance(15) {
+            vm.failures = vec![(dice.pick(&CALLS), dice.below(2) as u32)];
+        }
+        let visits = if dice.chance(10) { vec![(dice.micros(1..=50_000), visit(&mut dice))] } else { Vec::new() };
+        Self {
+            seed,
+            filled: dice.pick(&[0, 10, 60, 100]),
+            runs: !dice.chance(5),
+            pattern: pattern(&mut dice, pages),
+            tracking: tracking(&mut dice),
+            tears: dice.chance(50),
+            knows_populated: dice.chance(80),
+            random_policy: dice.chance(30),
+            switch_over_at: dice.chance(5).then(|| dice.micros(1..=1_000_000)),
+            layout,
+            config,
+            destination_config,
+            link,
+            vm,
+            faults,
+            visits,
+            canary: None,
+        }
+    }
+
+    /// Nothing goes wrong, nothing is tight: it has to succeed.
+    pub(crate) fn must_succeed(&self) -> bool {
+        let roomy = Duration::from_secs(2);
+        self.faults.is_empty()
+            && self.vm.failures.is_empty()
+            && self.visits.is_empty()
+            && self.config.peer_timeout >= roomy
+            && self.destination_config.peer_timeout >= roomy
+            && self.config.timeout >= Duration::from_secs(600)
+            && self.config.on_timeout == OnTimeout::SwitchOver
+            && self.canary.is_none()
+    }
+}
+
+const CALLS: [Call; 12] = [
+    Call::Begin,
+    Call::StartTracking,
+    Call::Harvest,
+    Call::Rearm,
+    Call::Throttle,
+    Call::Pause,
+    Call::Save,
+    Call::BeforeHandover,
+    Call::Resume,
+    Call::Prepare,
+    Call::Load,
+    Call::Commit,
+];
+
+fn layout(random: &mut Random) -> Layout {
+    let mut regions = Vec::new();
+    let mut address = 0;
+    for index in 0..random.pick(&[0, 1, 1, 1, 2, 3, 5]) {
+        let pages = random.pick(&[0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 300]);
+        let mut region = Region::ram(format!("r{index}"), address, pages * PAGE_SIZE as u64);
+        if random.chance(15) {
+            region.transfer = Transfer::Skip;
+        }
+        address += region.len + random.pick(&[0, 4096, 1 << 20, 1 << 32]);
+        regions.push(region);
+    }
+    if random.chance(30) {
+        regions.reverse();
+    }
+    Layout::new(regions).unwrap_or_default()
+}
+
+fn pattern(random: &mut Random, pages: u64) -> Pattern {
+    let reach = random.pick(&[1, 4, 20, pages]);
+    Pattern {
+        interval: random.micros(50..=20_000),
+        writes: random.pick(&[0, 1, 1, 3, 10, 50]),
+        reach,
+        first: random.below(pages.max(1)),
+        gives_back: random.chance(40),
+    }
+}
+
+fn tracking(random: &mut Random) -> Tracking {
+    Tracking {
+        manual: random.chance(60),
+        initially_set: random.chance(20),
+        report: random.pick(&[Report::Words, Report::Words, Report::Ranges, Report::Addresses]),
+        loses_a_bit: false,
+    }
+}
+
+fn source_config(random: &mut Random) -> SourceConfig {
+    let mut config = SourceConfig::default();
+    config.lanes = random.pick(&[0, 0, 1, 1, 2, 3, 4, 8]);
+    config.downtime_limit = random.micros(100..=3_000_000);
+    config.timeout = Duration::from_millis(random.pick(&[50, 2_000, 20_000, 600_000, 3_600_000]));
+    config.on_timeout = random.pick(&[OnTimeout::Cancel, OnTimeout::SwitchOver]);
+    config.bandwidth = random.chance(15).then(|| random.log_within(1_000_000..=1_000_000_000));
+    config.max_throttle = random.pick(&[0, 50, 99]);
+    config.verify = random.pick(&[Verify::Digest, Verify::Full]);
+    // 500 ms is the period of the signs of life: the deadline and the sign come together.
+    config.peer_timeout = Duration::from_millis(random.pick(&[500, 700, 2_000, 5_000, 10_000]));
+    config.settle_window = Duration::from_millis(random.pick(&[400, 3_000, 10_000, 30_000]));
+    config
+}
+
+fn destination_config(random: &mut Random, source: &SourceConfig) -> DestinationConfig {
+    let mut config = DestinationConfig::default();
+    let same = random.chance(70);
+    config.peer_timeout =
+        if same { source.peer_timeout } else { Duration::from_millis(random.pick(&[500, 2_000, 10_000])) };
+    config.settle_window =
+        if same { source.settle_window } else { Duration::from_millis(random.pick(&[400, 10_000, 30_000])) };
+    config
+}
+
+fn link(random: &mut Random, config: &SourceConfig) -> Link {
+    let lanes = 1 + u64::from(config.lanes);
+    let alike = random.chance(50);
+    let (latency, bandwidth) = (random.micros(10..=80_000), random.log_within(1_000_000..=2_000_000_000));
+    let each = |random: &mut Random| {
+        if alike {
+            (latency, bandwidth)
+        } else {
+            (random.micros(10..=80_000), random.log_within(1_000_000..=2_000_000_000))
+        }
+    };
+    let (latency, bandwidth) = (0..lanes).map(|_| each(random)).unzip();
+    Link { latency, bandwidth, jitter: random.micros(1..=5_000), capacity: random.log_within(4_096..=4 << 20) }
+}
+
+fn vm_plan(random: &mut Random) -> VmPlan {
+    VmPlan {
+        longest_call: random.micros(1..=100_000),
+        state_len: random.pick(&[0, 1, 100, 5_000, 300_000, 600_000]),
+        save_writes: random.pick(&[0, 0, 1, 3]),
+        failures: Vec::new(),
+    }
+}
+
+fn faults(random: &mut Random, config: &SourceConfig) -> Vec<(Trigger, Fault)> {
+    (0..random.pick(&[1, 1, 1, 2, 3])).map(|_| fault(random, config)).collect()
+}
+
+fn fault(random: &mut Random, config: &SourceConfig) -> (Trigger, Fault) {
+    let fault = match random.below(100) {
+        0..=11 => Fault::Flip { offset: random.next(), mask: 1 << random.below(8) },
+        12..=22 => Fault::Truncate { bytes: random.next(), cut: cut(random, config) },
+        23..=57 => Fault::Cut(cut(random, config)),
+        58..=77 => stall(random, config),
+        78..=85 => Fault::Kill { restart: random.chance(50) },
+        86..=96 => Fault::CancelSource,
+        _ => Fault::CancelDestination,
+    };
+    let trigger = match random.below(10) {
+        0..=1 if !fault.damages_frame() => Trigger::At(random.micros(10..=3_000_000)),
+        2..=3 if !fault.damages_frame() => Trigger::Arrived(which(random)),
+        _ => Trigger::Sent(which(random)),
+    };
+    (trigger, fault)
+}
+
+fn which(random: &mut Random) -> Which {
+    const HANDOVER: [Kind; 8] = [
+        Kind::State,
+        Kind::Finish,
+        Kind::Prepared,
+        Kind::Commit,
+        Kind::Commit,
+        Kind::Running,
+        Kind::Running,
+        Kind::Done,
+    ];
+    const OTHERS: [Kind; 12] = [
+        Kind::Greeting,
+        Kind::Welcome,
+        Kind::Offer,
+        Kind::Accept,
+        Kind::Pages,
+        Kind::Pages,
+        Kind::RoundEnd,
+        Kind::RoundAck,
+        Kind::Heartbeat,
+        Kind::Settled,
+        Kind::Abort,
+        Kind::Refuse,
+    ];
+    match random.below(10) {
+        0..=1 => Which::Number(random.below(60)),
+        2..=5 => Which::Kind(random.pick(&OTHERS), random.pick(&[0, 0, 1, 2, 5])),
+        _ => Which::Kind(random.pick(&HANDOVER), 0),
+    }
+}
+
+fn role(random: &mut Random, config: &SourceConfig) -> LaneRole {
+    match random.below(u64::from(config.lanes) + 1) {
+        0 => LaneRole::Control,
+        lane => LaneRole::Data(lane as u16 - 1),
+    }
+}
+
+fn scope(random: &mut Random, config: &SourceConfig) -> Scope {
+    match random.below(4) {
+        0 => Scope::Lane,
+        1 => Scope::Role(role(random, config)),
+        _ => Scope::Link,
+    }
+}
+
+fn cut(random: &mut Random, config: &SourceConfig) -> Cut {
+    let notices = |random: &mut Random| match random.below(4) {
+        0 => None,
+        1 => Some(random.micros(1..=2_000_000)),
+        _ => Some(Duration::ZERO),
+    };
+    Cut {
+        scope: scope(random, config),
+        source_notices: notices(random),
+        destination_notices: notices(random),
+        heals_after: random.chance(70).then(|| random.micros(1..=20_000_000)),
+    }
+}
+
+fn stall(random: &mut Random, config: &SourceConfig) -> Fault {
+    let (out, back) = random.pick(&[(true, true), (true, false), (false, true)]);
+    let lasts = random.chance(70).then(|| random.micros(1_000..=40_000_000));
+    Fault::Stall { scope: scope(random, config), out, back, lasts }
+}
+
+fn visit(random: &mut Random) -> Visit {
+    random.pick(&[
+        Visit::Silent,
+        Visit::Garbage,
+        Visit::Version,
+        Visit::Leaves,
+        Visit::Unknown(true),
+        Visit::Unknown(false),
+    ])
+}

@@ -1,0 +1,303 @@
+//! The sending threads of both sides, as the drivers run them: one per lane, each doing one thing at
+//! a time in the same order of preference, blocked while its lane is full.
+
+use std::collections::VecDeque;
+use std::time::Duration;
+
+use pageferry::Error;
+use pageferry::batch::Batch;
+use pageferry::encode::{EncodedBatch, Encoder, Tally};
+use pageferry::limits::HEARTBEAT;
+use pageferry::transport::LaneRole;
+use pageferry::wire::Message;
+
+use crate::clock::{Event, HostId};
+use crate::network::{End, LaneId};
+use crate::world::Context;
+
+/// Time to encode one page.
+const ENCODING: Duration = Duration::from_micros(1);
+
+/// What a sending thread tells its driver.
+pub(crate) enum Said {
+    /// The lane has ended its round.
+    Flushed(Tally),
+    /// The messages have ended and all have left.
+    AllSent,
+    /// The lane broke.
+    Broken(Error),
+}
+
+/// What all sending threads of a side share.
+#[derive(Default)]
+pub(crate) struct Shared {
+    pub(crate) batches: VecDeque<Batch>,
+    /// Bytes per second over all lanes.
+    pub(crate) bandwidth: Option<u64>,
+    pub(crate) paid_until: Duration,
+    /// What signs of life tell.
+    pub(crate) progress: u64,
+}
+
+enum State {
+    Idle,
+    /// A batch is being encoded and paid for until the next event.
+    Encoding,
+    /// The lane has taken the frame, but has no room for more.
+    Blocked(Frame),
+    Gone,
+}
+
+/// What was last handed to the lane.
+#[derive(Clone, Copy)]
+enum Frame {
+    Message,
+    Pages,
+    RoundEnd,
+}
+
+/// A sending thread.
+pub(crate) struct Sender {
+    host: HostId,
+    index: usize,
+    end: End,
+    pub(crate) lane: LaneId,
+    role: LaneRole,
+    sequence: u64,
+    state: State,
+    pub(crate) messages: VecDeque<Message>,
+    messages_open: bool,
+    orders: VecDeque<u32>,
+    orders_open: bool,
+    ending: Option<u32>,
+    encoder: Option<Encoder>,
+    encoded: EncodedBatch,
+    tally: Tally,
+    scheduled: bool,
+    idle_since: u64,
+}
+
+impl Sender {
+    pub(crate) fn new(host: HostId, index: usize, end: End, lane: LaneId, role: LaneRole) -> Self {
+        Self {
+            host,
+            index,
+            end,
+            lane,
+            role,
+            sequence: u64::from(role != LaneRole::Control),
+            state: State::Idle,
+            messages: VecDeque::new(),
+            messages_open: role == LaneRole::Control,
+            orders: VecDeque::new(),
+            orders_open: true,
+            ending: None,
+            encoder: None,
+            encoded: EncodedBatch::default(),
+            tally: Tally::default(),
+            scheduled: false,
+            idle_since: 0,
+        }
+    }
+
+    pub(crate) fn carrying_pages(mut self, encoder: Encoder) -> Self {
+        self.encoder = Some(encoder);
+        self
+    }
+
+    pub(crate) fn is_control(&self) -> bool {
+        self.role == LaneRole::Control
+    }
+
+    pub(crate) fn is_blocked(&self) -> bool {
+        matches!(self.state, State::Blocked(_))
+    }
+
+    pub(crate) fn carries_pages(&self) -> bool {
+        self.encoder.is_some()
+    }
+
+    pub(crate) fn order(&mut self, ctx: &mut Context, round: u32) {
+        self.orders.push_back(round);
+        self.wake(ctx);
+    }
+
+    pub(crate) fn send(&mut self, ctx: &mut Context, message: Message) {
+        self.messages.push_back(message);
+        self.wake(ctx);
+    }
+
+    pub(crate) fn close_messages(&mut self, ctx: &mut Context) {
+        self.messages_open = false;
+        self.wake(ctx);
+    }
+
+    pub(crate) fn close_orders(&mut self, ctx: &mut Context) {
+        self.orders_open = false;
+        self.wake(ctx);
+    }
+
+    /// Something may be there to do.
+    pub(crate) fn wake(&mut self, ctx: &mut Context) {
+        if matches!(self.state, State::Idle | State::Blocked(_)) && !self.scheduled {
+            self.scheduled = true;
+            let delay = Duration::from_nanos(ctx.clock.random.below(20_000));
+            ctx.clock.after(delay, Event::Sender(self.host, self.index));
+        }
+    }
+
+    /// One step of the thread.
+    pub(crate) fn run(&mut self, ctx: &mut Context, shared: &mut Shared) -> Option<Said> {
+        self.scheduled = false;
+        let result = match std::mem::replace(&mut self.state, State::Idle) {
+            State::Gone => {
+                self.state = State::Gone;
+                return None;
+            }
+            State::Blocked(frame) => self.look(ctx, frame),
+            State::Encoding => self.send_pages(ctx),
+            State::Idle => return self.begin(ctx, shared),
+        };
+        self.conclude(ctx, result)
+    }
+
+    /// Nothing was sent for long enough.
+    pub(crate) fn beat(&mut self, ctx: &mut Context, shared: &Shared, since: u64) -> Option<Said> {
+        let idle = matches!(self.state, State::Idle) && since == self.idle_since && !self.scheduled;
+        if !idle || self.role != LaneRole::Control {
+            return None;
+        }
+        let result = self.write_message(ctx, &Message::Heartbeat { received: shared.progress });
+        self.conclude(ctx, result)
+    }
+
+    /// Takes the next thing to do, in the order in which the threads prefer them.
+    fn begin(&mut self, ctx: &mut Context, shared: &mut Shared) -> Option<Said> {
+        self.idle_since += 1;
+        if let Some(round) = self.ending {
+            return self.go_on_ending(ctx, shared, round);
+        }
+        if let Some(message) = self.messages.pop_front() {
+            let result = self.write_message(ctx, &message);
+            return self.conclude(ctx, result);
+        }
+        if self.role == LaneRole::Control && !self.messages_open {
+            self.state = State::Gone;
+            return Some(Said::AllSent);
+        }
+        if let Some(round) = self.orders.pop_front() {
+            self.ending = Some(round);
+            return self.go_on_ending(ctx, shared, round);
+        }
+        if !self.orders_open && self.role != LaneRole::Control {
+            self.state = State::Gone;
+            return None;
+        }
+        if self.orders_open && self.encode_next(ctx, shared) {
+            return self.fail_encoding();
+        }
+        if self.role == LaneRole::Control {
+            ctx.clock.after(HEARTBEAT, Event::Heartbeat(self.host, self.index, self.idle_since));
+        }
+        None
+    }
+
+    fn go_on_ending(&mut self, ctx: &mut Context, shared: &mut Shared, round: u32) -> Option<Said> {
+        if self.encode_next(ctx, shared) {
+            return self.fail_encoding();
+        }
+        let frame = Message::RoundEnd { round }.encode(self.sequence);
+        let result = self.write(ctx, Frame::RoundEnd, frame);
+        self.conclude(ctx, result)
+    }
+
+    /// Begins with the next batch, if there is one. Memory is read now; the frame leaves later.
+    fn encode_next(&mut self, ctx: &mut Context, shared: &mut Shared) -> bool {
+        let Some(encoder) = &mut self.encoder else { return false };
+        let Some(batch) = shared.batches.pop_front() else { return false };
+        self.state = State::Encoding;
+        if let Err(error) = encoder.encode(&batch, &mut self.encoded) {
+            self.state = State::Gone;
+            ctx.clock.note("sender", "memory", || error.to_string());
+            return true;
+        }
+        let encoding = ENCODING * batch.pages as u32;
+        let paid = shared.pay(ctx.clock.now, self.encoded.tally().wire_bytes);
+        ctx.clock.at(paid.max(ctx.clock.now + encoding), Event::Sender(self.host, self.index));
+        self.scheduled = true;
+        true
+    }
+
+    fn fail_encoding(&self) -> Option<Said> {
+        let gone = matches!(self.state, State::Gone);
+        gone.then(|| Said::Broken(Error::Bug("guest memory could not be read".to_owned())))
+    }
+
+    fn send_pages(&mut self, ctx: &mut Context) -> std::io::Result<Option<Said>> {
+        let mut frame = Vec::with_capacity(self.encoded.tally().wire_bytes as usize);
+        for part in self.encoded.seal(self.sequence) {
+            frame.extend_from_slice(&part);
+        }
+        self.write(ctx, Frame::Pages, frame)
+    }
+
+    fn write_message(&mut self, ctx: &mut Context, message: &Message) -> std::io::Result<Option<Said>> {
+        let frame = message.encode(self.sequence);
+        self.write(ctx, Frame::Message, frame)
+    }
+
+    fn write(&mut self, ctx: &mut Context, what: Frame, frame: Vec<u8>) -> std::io::Result<Option<Said>> {
+        ctx.note_frame(self.lane, self.end, &frame);
+        let taken = ctx.network.write(&mut ctx.clock, self.lane, self.end, frame)?;
+        Ok(self.after_write(ctx, what, taken))
+    }
+
+    fn look(&mut self, ctx: &mut Context, what: Frame) -> std::io::Result<Option<Said>> {
+        let taken = ctx.network.is_written(self.lane, self.end)?;
+        Ok(self.after_write(ctx, what, taken))
+    }
+
+    fn after_write(&mut self, ctx: &mut Context, what: Frame, taken: bool) -> Option<Said> {
+        if !taken {
+            self.state = State::Blocked(what);
+            return None;
+        }
+        self.state = State::Idle;
+        self.sequence += 1;
+        let said = match what {
+            Frame::Message => None,
+            Frame::Pages => {
+                self.tally.add(self.encoded.tally());
+                None
+            }
+            Frame::RoundEnd => {
+                self.ending = None;
+                Some(Said::Flushed(std::mem::take(&mut self.tally)))
+            }
+        };
+        self.wake(ctx);
+        said
+    }
+
+    fn conclude(&mut self, ctx: &mut Context, result: std::io::Result<Option<Said>>) -> Option<Said> {
+        match result {
+            Ok(said) => said,
+            Err(source) => {
+                self.state = State::Gone;
+                let peer = "the peer".to_owned();
+                ctx.clock.note("sender", (self.lane, "broken"), || format!("lane {}: {source}", self.lane));
+                Some(Said::Broken(Error::LaneBroken { lane: self.role, peer, source }))
+            }
+        }
+    }
+}
+
+impl Shared {
+    /// Books bytes on the common budget; returns when they are paid for.
+    fn pay(&mut self, now: Duration, bytes: u64) -> Duration {
+        let Some(rate) = self.bandwidth else { return now };
+        let span = Duration::from_secs_f64(bytes as f64 / rate as f64);
+        self.paid_until = self.paid_until.max(now) + span;
+        self.paid_until
+    }
+}
