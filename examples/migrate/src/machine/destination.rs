@@ -63,11 +63,7 @@ impl ArrivingGuest {
         }
         let backing = self.config.backing.unwrap_or(description.kind.backing);
         room::check(description.ram_bytes, backing.into(), self.config.max_memory)?;
-        let memory = map_memory(expected, backing)?;
-        if self.config.prefault {
-            let bytes = description.ram_bytes;
-            memory.prefault().map_err(|source| MachineError::Map { bytes, backing: backing.name(), source })?;
-        }
+        let memory = map_memory(expected, backing, self.config.prefault)?;
         let kind = Kind { backing, ..description.kind };
         Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))
     }

@@ -15,6 +15,7 @@ use super::devices::Devices;
 use super::error::MachineError;
 use super::handle::GuestHandle;
 use super::input::Input;
+use super::room;
 
 /// The interrupt line of COM1.
 const SERIAL_LINE: u32 = 4;
@@ -95,9 +96,23 @@ impl Pc {
     }
 }
 
-/// Maps a guest's memory.
-pub(super) fn map_memory(layout: Layout, backing: GuestBacking) -> Result<Arc<MappedMemory>, MachineError> {
+/// Maps a guest's memory, and touches all of it when asked to.
+///
+/// Huge pages are always touched: the host promises none before, and ends a process that touches one it does not have.
+pub(super) fn map_memory(
+    layout: Layout,
+    backing: GuestBacking,
+    prefault: bool,
+) -> Result<Arc<MappedMemory>, MachineError> {
     let bytes = layout.regions().iter().map(|region| region.len).sum();
-    let memory = MappedMemory::new(layout, backing.into());
-    memory.map(Arc::new).map_err(|source| MachineError::Map { bytes, backing: backing.name(), source })
+    let failed = |source| MachineError::Map { bytes, backing: backing.name(), source };
+    let huge = backing == GuestBacking::HugePages2M;
+    if huge {
+        room::check(bytes, backing.into(), None)?;
+    }
+    let memory = MappedMemory::new(layout, backing.into()).map_err(failed)?;
+    if huge || prefault {
+        memory.prefault().map_err(failed)?;
+    }
+    Ok(Arc::new(memory))
 }
