@@ -81,8 +81,6 @@ pub struct RunResult {
     pub virtual_ms: u64,
     #[serde(skip)]
     pub(crate) frames: Vec<SentFrame>,
-    #[serde(skip)]
-    pub(crate) endings: Option<(String, String)>,
 }
 
 /// Runs a seed.
@@ -98,8 +96,7 @@ pub(crate) fn run(scenario: &Scenario, print: bool, log: bool) -> RunResult {
         Err(error) => return failed_to_start(scenario, &error),
     };
     let clock = Clock::new(random, Trace::new(print));
-    let mut run =
-        Run { world: World::new(scenario, clock, guest), scenario, ending: None, frames: Vec::new(), endings: None };
+    let mut run = Run { world: World::new(scenario, clock, guest), scenario, ending: None, frames: Vec::new() };
     run.world.ctx.network.log = log.then(Vec::new);
     let verdict = run.all_phases();
     run.result(verdict.err())
@@ -116,7 +113,6 @@ fn failed_to_start(scenario: &Scenario, error: &std::io::Error) -> RunResult {
         steps: 0,
         virtual_ms: 0,
         frames: Vec::new(),
-        endings: None,
     }
 }
 
@@ -134,7 +130,6 @@ struct Run<'a> {
     scenario: &'a Scenario,
     ending: Option<Ending>,
     frames: Vec<SentFrame>,
-    endings: Option<(String, String)>,
 }
 
 /// A broken rule ends the run.
@@ -165,7 +160,6 @@ impl Run<'_> {
             steps: clock.steps,
             virtual_ms: clock.now.as_millis() as u64,
             frames: self.frames,
-            endings: self.endings,
         }
     }
 
@@ -218,7 +212,6 @@ impl Run<'_> {
         let scenario = self.scenario;
         let source = self.world.source.outcome();
         let destination = self.world.destination.as_ref().and_then(|host| host.outcome());
-        self.endings = Some((format!("{source:?}"), format!("{destination:?}")));
         let mut guest = lock(&self.world.guest);
         for outcome in [source, destination].into_iter().flatten() {
             check_error(outcome, self.world.ctx.network.struck())?;
@@ -401,17 +394,18 @@ fn check_source(guest: &mut Guest) -> Verdict {
     guest.violation.take().map_or(Ok(()), Err)
 }
 
-/// Errors that only a bug, or damage on the way, can cause.
+/// Errors that only a bug can cause, or damage on the way. A damaged round number, which is compared
+/// before the pages behind it are checked, looks like misbehaviour.
 fn check_error(outcome: &Outcome, mut struck: impl Iterator<Item = Fault>) -> Verdict {
     let (Outcome::SourceOwns(error) | Outcome::DestinationOwns(error) | Outcome::Undecided(error)) = outcome else {
         return Ok(());
     };
     let told = |what: &str| matches!(error, Error::PeerAborted { reason, .. } if reason.contains(what));
     let bug =
-        matches!(error, Error::Bug(_) | Error::DigestMismatch { .. } | Error::PeerMisbehaved { .. } | Error::Memory(_))
-            || told("misbehaved")
-            || told("memory differs");
-    let invalid = matches!(error, Error::InvalidMessage { .. }) || told("invalid data");
+        matches!(error, Error::Bug(_) | Error::DigestMismatch { .. } | Error::Memory(_)) || told("memory differs");
+    let invalid = matches!(error, Error::InvalidMessage { .. } | Error::PeerMisbehaved { .. })
+        || told("invalid data")
+        || told("misbehaved");
     if bug || (invalid && !struck.any(|fault| matches!(fault, Fault::Flip { .. }))) {
         return Err(format!("an error that must not be: {error}"));
     }

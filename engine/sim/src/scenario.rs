@@ -257,13 +257,14 @@ fn source_config(random: &mut Random) -> SourceConfig {
     let mut config = SourceConfig::default();
     config.lanes = random.pick(&[0, 0, 1, 1, 2, 3, 4, 8]);
     config.downtime_limit = random.micros(100..=3_000_000);
-    config.timeout = Duration::from_millis(random.pick(&[50, 2_000, 20_000, 600_000, 3_600_000]));
+    config.timeout =
+        Duration::from_millis(random.pick(&[50, 2_000, 20_000, 600_000, 600_000, 600_000, 3_600_000, 3_600_000]));
     config.on_timeout = random.pick(&[OnTimeout::Cancel, OnTimeout::SwitchOver]);
     config.bandwidth = random.chance(15).then(|| random.log_within(1_000_000..=1_000_000_000));
     config.max_throttle = random.pick(&[0, 50, 99]);
     config.verify = random.pick(&[Verify::Digest, Verify::Full]);
     // 500 ms is the period of the signs of life: the deadline and the sign come together.
-    config.peer_timeout = Duration::from_millis(random.pick(&[500, 700, 2_000, 5_000, 10_000]));
+    config.peer_timeout = Duration::from_millis(random.pick(&[500, 700, 2_000, 5_000, 5_000, 10_000, 10_000]));
     config.settle_window = Duration::from_millis(random.pick(&[400, 3_000, 10_000, 30_000]));
     config
 }
@@ -272,7 +273,7 @@ fn destination_config(random: &mut Random, source: &SourceConfig) -> Destination
     let mut config = DestinationConfig::default();
     let same = random.chance(70);
     config.peer_timeout =
-        if same { source.peer_timeout } else { Duration::from_millis(random.pick(&[500, 2_000, 10_000])) };
+        if same { source.peer_timeout } else { Duration::from_millis(random.pick(&[500, 2_000, 10_000, 30_000])) };
     config.settle_window =
         if same { source.settle_window } else { Duration::from_millis(random.pick(&[400, 10_000, 30_000])) };
     config
@@ -295,7 +296,8 @@ fn link(random: &mut Random, config: &SourceConfig) -> Link {
 
 fn vm_plan(random: &mut Random) -> VmPlan {
     VmPlan {
-        longest_call: random.micros(1..=100_000),
+        // Some take longer than the peer may be silent.
+        longest_call: if random.chance(8) { random.micros(500_000..=8_000_000) } else { random.micros(1..=100_000) },
         state_len: random.pick(&[0, 1, 100, 5_000, 300_000, 600_000]),
         save_writes: random.pick(&[0, 0, 1, 3]),
         failures: Vec::new(),
@@ -303,39 +305,44 @@ fn vm_plan(random: &mut Random) -> VmPlan {
 }
 
 fn faults(random: &mut Random, config: &SourceConfig) -> Vec<(Trigger, Fault)> {
-    (0..random.pick(&[1, 1, 1, 2, 3])).map(|_| fault(random, config)).collect()
+    (0..random.pick(&[1, 1, 2, 2, 3])).map(|_| fault(random, config)).collect()
 }
 
 fn fault(random: &mut Random, config: &SourceConfig) -> (Trigger, Fault) {
     let fault = match random.below(100) {
-        0..=11 => Fault::Flip { offset: random.next(), mask: 1 << random.below(8) },
-        12..=22 => Fault::Truncate { bytes: random.next(), cut: cut(random, config) },
-        23..=57 => Fault::Cut(cut(random, config)),
-        58..=77 => stall(random, config),
-        78..=85 => Fault::Kill { restart: random.chance(50) },
-        86..=96 => Fault::CancelSource,
-        _ => Fault::CancelDestination,
+        0..=9 => Fault::Flip { offset: random.next(), mask: 1 << random.below(8) },
+        10..=19 => Fault::Truncate { bytes: random.next(), cut: cut(random, config) },
+        20..=49 => Fault::Cut(cut(random, config)),
+        50..=67 => stall(random, config),
+        68..=77 => Fault::Kill { restart: random.chance(50) },
+        78..=85 => Fault::CancelSource,
+        86..=89 => Fault::CancelDestination,
+        90..=95 => Fault::SwitchOver,
+        _ => Fault::DowntimeLimit(random.micros(100..=3_000_000)),
     };
     let trigger = match random.below(10) {
-        0..=1 if !fault.damages_frame() => Trigger::At(random.micros(10..=3_000_000)),
-        2..=3 if !fault.damages_frame() => Trigger::Arrived(which(random)),
-        _ => Trigger::Sent(which(random)),
+        0 if !fault.damages_frame() => Trigger::At(random.micros(10..=3_000_000)),
+        1..=4 if !fault.damages_frame() => Trigger::Arrived(which(random, config)),
+        _ => Trigger::Sent(which(random, config)),
     };
     (trigger, fault)
 }
 
-fn which(random: &mut Random) -> Which {
-    const HANDOVER: [Kind; 8] = [
+/// Most faults strike at the hand-over, where the owner changes.
+fn which(random: &mut Random, config: &SourceConfig) -> Which {
+    const HANDOVER: [Kind; 10] = [
         Kind::State,
         Kind::Finish,
         Kind::Prepared,
         Kind::Commit,
         Kind::Commit,
+        Kind::Commit,
         Kind::Running,
         Kind::Running,
         Kind::Done,
+        Kind::Settled,
     ];
-    const OTHERS: [Kind; 12] = [
+    const OTHERS: [Kind; 11] = [
         Kind::Greeting,
         Kind::Welcome,
         Kind::Offer,
@@ -345,13 +352,14 @@ fn which(random: &mut Random) -> Which {
         Kind::RoundEnd,
         Kind::RoundAck,
         Kind::Heartbeat,
-        Kind::Settled,
         Kind::Abort,
         Kind::Refuse,
     ];
     match random.below(10) {
-        0..=1 => Which::Number(random.below(60)),
-        2..=5 => Which::Kind(random.pick(&OTHERS), random.pick(&[0, 0, 1, 2, 5])),
+        0 => Which::Number(random.below(60)),
+        1..=2 => Which::Kind(random.pick(&OTHERS), random.pick(&[0, 0, 1, 2, 5])),
+        // The greetings after those of the first lanes ask who owns the guest.
+        3 => Which::Kind(Kind::Greeting, u64::from(config.lanes) + random.within(1..=2)),
         _ => Which::Kind(random.pick(&HANDOVER), 0),
     }
 }
