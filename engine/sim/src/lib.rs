@@ -14,6 +14,8 @@ mod guest;
 mod network;
 mod random;
 mod receiver;
+#[cfg(test)]
+mod regressions;
 mod run;
 mod scenario;
 mod sender;

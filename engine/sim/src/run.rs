@@ -96,7 +96,13 @@ pub(crate) fn run(scenario: &Scenario, print: bool, log: bool) -> RunResult {
         Err(error) => return failed_to_start(scenario, &error),
     };
     let clock = Clock::new(random, Trace::new(print));
-    let mut run = Run { world: World::new(scenario, clock, guest), scenario, ending: None, frames: Vec::new() };
+    let mut run = Run {
+        world: World::new(scenario, clock, guest),
+        scenario,
+        ending: None,
+        frames: Vec::new(),
+        passed: Duration::ZERO,
+    };
     run.world.ctx.network.log = log.then(Vec::new);
     let verdict = run.all_phases();
     run.result(verdict.err())
@@ -130,6 +136,8 @@ struct Run<'a> {
     scenario: &'a Scenario,
     ending: Option<Ending>,
     frames: Vec<SentFrame>,
+    /// Virtual time of the first migration, once the second has begun.
+    passed: Duration,
 }
 
 /// A broken rule ends the run.
@@ -158,7 +166,7 @@ impl Run<'_> {
             faults: faults.chain(failed.iter().map(|call| format!("{call:?} fails"))).collect(),
             trace: clock.trace.hash(),
             steps: clock.steps,
-            virtual_ms: clock.now.as_millis() as u64,
+            virtual_ms: (self.passed + clock.now).as_millis() as u64,
             frames: self.frames,
         }
     }
@@ -354,6 +362,7 @@ impl Run<'_> {
         let mut clock = Clock::new(random, trace);
         clock.note("world", "again", || "a second migration, on a healthy network".to_owned());
         let (steps, guest) = (self.world.ctx.clock.steps, Arc::clone(&self.world.guest));
+        self.passed = self.world.ctx.clock.now;
         let mut world = World::new(&scenario, clock, guest);
         world.start();
         let before = std::mem::replace(&mut self.world, world);
