@@ -108,7 +108,10 @@ pub(crate) fn run_all(
     thread::scope(|scope| {
         for _ in 0..thread::available_parallelism().map_or(1, NonZero::get) {
             let sender = sender.clone();
-            scope.spawn(|| work(&next, count, &case, &run, sender));
+            scope.spawn({
+                let (next, case, run) = (&next, &case, &run);
+                move || work(next, count, case, run, &sender)
+            });
         }
         drop(sender);
         for (index, done) in results {
@@ -124,7 +127,7 @@ fn work(
     count: u64,
     case: &impl Fn(u64) -> Case,
     run: &impl Fn(u64) -> RunResult,
-    results: Sender<(u64, Done)>,
+    results: &Sender<(u64, Done)>,
 ) {
     loop {
         let index = next.fetch_add(1, Ordering::Relaxed);

@@ -1,29 +1,25 @@
 //! The destination's driver as one actor, with its door, its receiving and its sending threads.
 
+mod calls;
+mod lanes;
+
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
-use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::Error;
-use pageferry::barrier::RoundBarrier;
-use pageferry::digest::{Digest, HashTable, PageHasher};
-use pageferry::encode::Tally;
-use pageferry::limits::{FAREWELL, GREETING_TIMEOUT, HEARTBEAT};
+use pageferry::digest::Digest;
+use pageferry::limits::{FAREWELL, HEARTBEAT};
 use pageferry::memory::{Backing, Layout, MappedMemory};
 use pageferry::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome, Phase};
-use pageferry::transport::LaneRole;
-use pageferry::vm::VmResult;
-use pageferry::wire::{FrameBuffer, Greeting, GreetingRole, Message, Offer, SessionId};
+use pageferry::wire::{FrameBuffer, Greeting, Message, SessionId};
 
 use crate::clock::{Event, HostId};
-use crate::fault::Call;
 use crate::guest::{SharedGuest, lock};
 use crate::network::{End, LaneId};
 use crate::random::Random;
 use crate::receiver::{Received, Receiver, Room};
 use crate::scenario::{Canary, VmPlan};
-use crate::sender::{Said, Sender, Shared};
-use crate::source::state_of;
+use crate::sender::{Sender, Shared};
 use crate::verify;
 use crate::world::Context;
 
@@ -64,6 +60,7 @@ pub(crate) struct DestinationParts {
 }
 
 /// A destination's process.
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct DestinationHost {
     pub(crate) id: HostId,
     guest: SharedGuest,
@@ -302,239 +299,6 @@ impl DestinationHost {
         if prepared && self.canary == Some(Canary::StartsWithoutCommit) {
             // What a broken engine could do.
             let _ = self.commit(ctx, true);
-        }
-    }
-
-    fn begin_call(&mut self, ctx: &mut Context, action: DestinationAction) {
-        let lasts = Duration::from_nanos(self.random.below(self.vm.longest_call.as_nanos() as u64 + 1));
-        self.work = Some(action);
-        self.work_began = ctx.clock.now;
-        ctx.clock.after(lasts, Event::Work(self.id));
-    }
-
-    pub(crate) fn on_work_done(&mut self, ctx: &mut Context) {
-        let Some(action) = self.work.take() else { return };
-        let took = ctx.clock.now - self.work_began;
-        let input = match action {
-            DestinationAction::MakeRoom(offer) => match self.make_room(&offer) {
-                Ok(()) => DestinationInput::RoomMade,
-                Err(error) => DestinationInput::RoomRefused(error.to_string()),
-            },
-            DestinationAction::Load(state) => match self.load(&state) {
-                Ok(()) => DestinationInput::Loaded { took },
-                Err(source) => DestinationInput::Failed(Error::Vm { what: "load the machine state", source }),
-            },
-            DestinationAction::Start { run } => match self.commit(ctx, run) {
-                Ok(()) => DestinationInput::Started { took },
-                Err(source) => DestinationInput::Failed(Error::Vm { what: "start the guest", source }),
-            },
-            _ => return,
-        };
-        self.tell(ctx, input);
-        self.go_on(ctx);
-    }
-
-    fn make_room(&mut self, offer: &Offer) -> VmResult<()> {
-        let mut guest = lock(&self.guest);
-        guest.attempt(Call::Prepare)?;
-        if self.knows_nothing {
-            return Err("this VMM is not ready for a guest".into());
-        }
-        let memory = Arc::new(fresh_memory(&offer.layout)?);
-        guest.destination.memory = Some(Arc::clone(&memory));
-        self.room = Some(Room {
-            memory,
-            hasher: PageHasher::new(&offer.digest_key),
-            table: Arc::new(HashTable::new(offer.layout.page_space())),
-            single_lane: offer.data_lanes == 0,
-            barrier: RoundBarrier::new(offer.data_lanes.max(1)),
-            tally: Tally::default(),
-            closed: false,
-            progress: 0,
-            overtakes: self.canary == Some(Canary::BarrierOvertaken),
-            opened: false,
-        });
-        Ok(())
-    }
-
-    fn load(&mut self, state: &[u8]) -> VmResult<()> {
-        let mut guest = lock(&self.guest);
-        guest.attempt(Call::Load)?;
-        let counter = state.first_chunk().copied().map(u64::from_le_bytes).ok_or("the machine state is too short")?;
-        if state != state_of(counter, state.len() - 8) {
-            return Err("the machine state is damaged".into());
-        }
-        guest.destination.loaded = Some(counter);
-        Ok(())
-    }
-
-    fn commit(&mut self, ctx: &mut Context, run: bool) -> VmResult<()> {
-        let mut guest = lock(&self.guest);
-        guest.attempt(Call::Commit)?;
-        guest.commit_destination();
-        guest.destination.runs = run;
-        if run != guest.ran {
-            guest.violate("the guest's running state changed at hand-over");
-        }
-        ctx.clock.after(Duration::ZERO, Event::Guest);
-        Ok(())
-    }
-
-    fn abort(&mut self) {
-        if !self.knows_nothing {
-            lock(&self.guest).abort_destination();
-        }
-    }
-
-    pub(crate) fn on_verified(&mut self, ctx: &mut Context) {
-        let Some(room) = &mut self.room else { return };
-        let digest = verify::digest(&*room.memory, &room.hasher);
-        room.progress += 1;
-        self.shared.progress = room.progress;
-        let took = ctx.clock.now - self.verify_began;
-        self.hear(ctx, Heard::Hashed(digest, took));
-    }
-
-    // ---- the door ----
-
-    /// Somebody has connected.
-    pub(crate) fn on_arrival(&mut self, ctx: &mut Context, lane: LaneId) {
-        self.door.insert(lane, FrameBuffer::new());
-        ctx.clock.after(GREETING_TIMEOUT, Event::DoorTimeout(lane));
-        ctx.clock.after(Duration::ZERO, Event::Readable(lane, End::Destination));
-    }
-
-    pub(crate) fn on_door_timeout(&mut self, ctx: &mut Context, lane: LaneId) {
-        if self.door.remove(&lane).is_some() {
-            ctx.network.close(&mut ctx.clock, lane, End::Destination);
-        }
-    }
-
-    fn hear_greeting(&mut self, ctx: &mut Context, lane: LaneId) {
-        let Some(frame) = self.door.get_mut(&lane) else { return };
-        let greeting = match ctx.network.read(&mut ctx.clock, lane, End::Destination, frame) {
-            Ok(false) => return,
-            Ok(true) => greeting_in(frame),
-            Err(_) => None,
-        };
-        self.door.remove(&lane);
-        match greeting {
-            Some(greeting) => {
-                self.greeted.insert(lane);
-                self.hear(ctx, Heard::Greeted(lane, greeting));
-            }
-            None => ctx.network.close(&mut ctx.clock, lane, End::Destination),
-        }
-    }
-
-    // ---- lanes ----
-
-    fn adopt(&mut self, ctx: &mut Context, lane: LaneId, role: GreetingRole) {
-        if !self.greeted.remove(&lane) {
-            return;
-        }
-        self.opened.push(lane);
-        let role = if let GreetingRole::Data(index) = role { LaneRole::Data(index) } else { LaneRole::Control };
-        if role == LaneRole::Control {
-            self.generation += 1;
-            self.replace_control(ctx);
-            let mut sender = Sender::new(self.id, self.senders.len(), End::Destination, lane, role);
-            sender.wake(ctx);
-            self.control = Some(self.senders.len());
-            self.senders.push(sender);
-            self.generations.push(self.generation);
-        }
-        self.receivers.push(Receiver::new(lane, role, self.generation));
-        ctx.clock.after(Duration::ZERO, Event::Readable(lane, End::Destination));
-    }
-
-    fn replace_control(&mut self, ctx: &mut Context) {
-        if let Some(control) = self.control.take() {
-            self.senders[control].close_messages(ctx);
-        }
-    }
-
-    fn answer(&mut self, ctx: &mut Context, lane: LaneId, message: &Message) {
-        if !self.greeted.remove(&lane) {
-            return;
-        }
-        let frame = message.encode(0);
-        ctx.note_frame(lane, End::Destination, &frame);
-        // A peer that has gone needs no answer.
-        let _ = ctx.network.write(&mut ctx.clock, lane, End::Destination, frame);
-        ctx.clock.after(FAREWELL, Event::CloseAnswered(lane));
-    }
-
-    fn close_lanes(&mut self, ctx: &mut Context) {
-        self.generation += 1;
-        self.replace_control(ctx);
-        for lane in self.opened.drain(..) {
-            ctx.network.close(&mut ctx.clock, lane, End::Destination);
-        }
-    }
-
-    // ---- threads ----
-
-    fn hear(&mut self, ctx: &mut Context, heard: Heard) {
-        if self.life != Life::Over {
-            self.inbox.push_back(heard);
-            self.turn_soon(ctx);
-        }
-    }
-
-    pub(crate) fn on_readable(&mut self, ctx: &mut Context, lane: LaneId) {
-        if self.door.contains_key(&lane) {
-            return self.hear_greeting(ctx, lane);
-        }
-        if let Some(index) = self.receivers.iter().position(|receiver| receiver.lane == lane && !receiver.gone) {
-            if !self.receivers[index].waits {
-                self.on_receiver(ctx, index);
-            }
-        }
-    }
-
-    pub(crate) fn on_receiver(&mut self, ctx: &mut Context, index: usize) {
-        while let Some(received) = self.receivers[index].run(ctx, &mut self.room) {
-            let generation = self.receivers[index].generation;
-            self.hear(ctx, Heard::Lane(generation, LaneHeard::Received(received)));
-        }
-        let Some(room) = &mut self.room else { return };
-        self.shared.progress = room.progress;
-        if std::mem::replace(&mut room.opened, false) {
-            self.wake_receivers(ctx);
-        }
-    }
-
-    /// The barrier has opened.
-    fn wake_receivers(&mut self, ctx: &mut Context) {
-        for (index, _) in self.receivers.iter().enumerate().filter(|(_, receiver)| receiver.waits) {
-            let delay = Duration::from_nanos(self.random.below(10_000));
-            ctx.clock.after(delay, Event::Receiver(self.id, index));
-        }
-    }
-
-    pub(crate) fn on_sender(&mut self, ctx: &mut Context, index: usize) {
-        let said = self.senders[index].run(ctx, &mut self.shared);
-        self.on_said(ctx, index, said);
-    }
-
-    pub(crate) fn on_heartbeat(&mut self, ctx: &mut Context, index: usize, since: u64) {
-        let said = self.senders[index].beat(ctx, &self.shared, since);
-        self.on_said(ctx, index, said);
-    }
-
-    fn on_said(&mut self, ctx: &mut Context, index: usize, said: Option<Said>) {
-        let heard = match said {
-            Some(Said::AllSent) => LaneHeard::ControlSent,
-            Some(Said::Broken(error)) => LaneHeard::ControlBroken(error),
-            Some(Said::Flushed(_)) | None => return,
-        };
-        self.hear(ctx, Heard::Lane(self.generations[index], heard));
-    }
-
-    pub(crate) fn on_writable(&mut self, ctx: &mut Context, lane: LaneId) {
-        for sender in self.senders.iter_mut().filter(|sender| sender.lane == lane && sender.is_blocked()) {
-            sender.wake(ctx);
         }
     }
 

@@ -25,6 +25,7 @@ pub(crate) struct SourceSide {
 }
 
 /// The guest's place at the destination.
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 #[derive(Default)]
 pub(crate) struct DestinationSide {
     pub(crate) memory: Option<Arc<MappedMemory>>,
@@ -293,11 +294,11 @@ impl Guest {
     /// Compares a memory with the truth, page by page.
     pub(crate) fn compare(&mut self, memory: &MappedMemory, when: &str) {
         for (region, described) in self.layout.clone().iter() {
-            if described.transfer == Transfer::Copy {
-                if let Some(page) = self.first_difference(memory, region, described.page_count()) {
-                    let first = self.layout.pages_of(region).first.0;
-                    self.violate(format!("memory differs {when}: page {page} of {region} (number {})", first + page));
-                }
+            if described.transfer == Transfer::Copy
+                && let Some(page) = self.first_difference(memory, region, described.page_count())
+            {
+                let first = self.layout.pages_of(region).first.0;
+                self.violate(format!("memory differs {when}: page {page} of {region} (number {})", first + page));
             }
         }
     }

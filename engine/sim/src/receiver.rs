@@ -27,6 +27,7 @@ pub(crate) enum Received {
 }
 
 /// Where pages go, once the VM has made room.
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct Room {
     pub(crate) memory: Arc<MappedMemory>,
     pub(crate) hasher: PageHasher,

@@ -88,6 +88,7 @@ pub(crate) enum Visit {
 }
 
 /// One run, as planned.
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 #[derive(Clone, Debug)]
 pub(crate) struct Scenario {
     pub(crate) name: String,

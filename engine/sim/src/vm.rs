@@ -107,7 +107,7 @@ impl DirtySource for Tracker {
         let stray = |word: usize, bits: u64| {
             (0..64).any(|bit| bits >> bit & 1 == 1 && first_page + word as u64 * 64 + bit >= pages.count)
         };
-        if first_page % 64 != 0 || words.iter().enumerate().any(|(word, bits)| stray(word, *bits)) {
+        if !first_page.is_multiple_of(64) || words.iter().enumerate().any(|(word, bits)| stray(word, *bits)) {
             guest.violate(format!("pages outside {region} are armed, from {first_page}"));
             return Ok(());
         }
