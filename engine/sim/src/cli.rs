@@ -23,6 +23,7 @@ command line.";
 /// Runs the real migration protocol against a network and VMs that fail in every way, under a virtual
 /// clock, and checks that no byte is lost and that the guest has one owner.
 #[derive(Parser)]
+#[allow(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 #[command(version, after_help = EXAMPLES)]
 struct Cli {
     /// Run so many seeds.
@@ -70,13 +71,7 @@ pub(crate) fn main() -> ExitCode {
         return cli.finish_single(&pageferry_sim::run_seed(seed, cli.verbose));
     }
     if let Some(name) = &cli.case {
-        return match pageferry_sim::run_case(name, cli.verbose) {
-            Some(result) => cli.finish_single(&result),
-            None => {
-                eprintln!("there is no case {name:?}; --exhaustive prints the names of those that fail");
-                ExitCode::from(2)
-            }
-        };
+        return cli.run_case(name);
     }
     let report = cli.run();
     if cli.json {
@@ -109,6 +104,14 @@ impl Cli {
         report.passed = report.statistics().all(Statistics::passed)
             && report.canaries.iter().flatten().all(|canary| canary.caught.is_some());
         report
+    }
+
+    fn run_case(&self, name: &str) -> ExitCode {
+        if let Some(result) = pageferry_sim::run_case(name, self.verbose) {
+            return self.finish_single(&result);
+        }
+        eprintln!("there is no case {name:?}; --exhaustive prints the names of those that break a rule");
+        ExitCode::from(2)
     }
 
     fn finish_single(&self, result: &RunResult) -> ExitCode {
