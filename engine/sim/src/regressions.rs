@@ -55,14 +55,19 @@ fn a_guest_without_memory_migrates() {
     }
 }
 
+/// Rounds without a page tell nothing about the link, and their ends are signs of life.
 #[test]
-fn a_tiny_guest_meets_a_tight_downtime_limit_on_a_long_link() {
-    let mut scenario = calm(&[2]);
-    scenario.link.latency = vec![Duration::from_millis(80)];
-    scenario.config.downtime_limit = Duration::from_millis(300);
-    scenario.config.timeout = Duration::from_secs(600);
-    scenario.config.on_timeout = OnTimeout::Cancel;
-    ends(&scenario, Ending::Completed);
+fn a_guest_that_holds_nothing_is_switched_over_on_a_long_link() {
+    for latency in [1, 30, 80] {
+        let mut scenario = calm(&[24]);
+        scenario.filled = 0;
+        scenario.pattern.writes = 0;
+        scenario.vm.state_len = 5_000;
+        scenario.link.latency = vec![Duration::from_millis(latency)];
+        scenario.config.timeout = Duration::from_secs(60);
+        scenario.config.on_timeout = OnTimeout::Cancel;
+        ends(&scenario, Ending::Completed);
+    }
 }
 
 #[test]
@@ -154,7 +159,7 @@ fn a_lane_that_breaks_after_it_was_replaced_means_nothing() {
 
 #[test]
 fn a_stranger_that_offers_nothing_is_forgotten() {
-    for visit in [Visit::Leaves, Visit::Silent, Visit::Version, Visit::Garbage] {
+    for visit in [Visit::Leaves, Visit::Waits, Visit::Silent, Visit::Version, Visit::Garbage] {
         let mut scenario = calm(&[24]);
         // Before the source comes: it may be told that the destination is busy, and no more.
         scenario.visits = vec![(Duration::ZERO, visit)];

@@ -83,6 +83,8 @@ pub(crate) enum Visit {
     Version,
     /// Opens a control lane, offers nothing, and leaves at once.
     Leaves,
+    /// Opens a control lane, offers nothing, and stays.
+    Waits,
     /// Asks about, or opens a data lane for, a migration that nobody knows.
     Unknown(bool),
 }
@@ -406,6 +408,7 @@ fn visit(random: &mut Random) -> Visit {
         Visit::Garbage,
         Visit::Version,
         Visit::Leaves,
+        Visit::Waits,
         Visit::Unknown(true),
         Visit::Unknown(false),
     ])

@@ -376,7 +376,7 @@ fn greeting_of(visit: Visit, random: &mut Random) -> Vec<u8> {
             bytes
         }
         Visit::Version => greeting(999, GreetingRole::Control),
-        Visit::Leaves => greeting(1, GreetingRole::Control),
+        Visit::Leaves | Visit::Waits => greeting(1, GreetingRole::Control),
         Visit::Unknown(true) => greeting(1, GreetingRole::Settle),
         Visit::Unknown(false) => greeting(1, GreetingRole::Data(0)),
     }
