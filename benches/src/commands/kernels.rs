@@ -1,0 +1,150 @@
+//! The engine's inner loops on one thread: what a core can do at best, and whether a change to one of
+//! them was worth it. By the thread's own CPU time, so that other work on the machine counts little.
+
+use std::hint::black_box;
+use std::sync::Arc;
+
+use clap::Args;
+use pageferry::batch::Batch;
+use pageferry::digest::{DigestKey, HashTable, PageHasher};
+use pageferry::encode::{EncodedBatch, Encoder};
+use pageferry::limits::MAX_BATCH_PAGES;
+use pageferry::memory::{GuestMemory, MappedMemory, is_zero, is_zero_portable};
+use pageferry::place::Placer;
+use pageferry::units::{PageNumber, PageRun};
+use pageferry::wire::FrameBuffer;
+
+use super::{gib, gigabytes_per_second, size};
+use crate::guest::{self, RAM, Random};
+use crate::outcome::Outcome;
+use crate::{BenchError, host, sys};
+
+const PAGE: usize = 4096;
+
+const BATCH: usize = MAX_BATCH_PAGES * PAGE;
+
+#[derive(Args, Debug)]
+pub(crate) struct KernelsOptions {
+    /// Guest memory to walk through: more than the caches hold
+    #[arg(long, value_parser = size, default_value = "512M")]
+    size: u64,
+    /// How often; medians are reported
+    #[arg(long, default_value = "9", value_parser = clap::value_parser!(u32).range(1..=1000))]
+    runs: u32,
+}
+
+/// `pageferry-bench kernels`.
+pub(crate) fn kernels(options: &KernelsOptions) -> Result<Outcome, BenchError> {
+    let bytes = options.size.next_multiple_of(BATCH as u64);
+    let mut outcome = Outcome::new("kernels", format!("one thread, guest memory of {} GiB", gib(bytes)));
+    let bench = Bench { memory: guest::prefaulted(bytes)?, bytes, runs: options.runs };
+    bench.private(&mut outcome)?;
+    bench.batches(&mut outcome, "zero pages")?;
+    guest::fill_random(&bench.memory, 11)?;
+    bench.copies(&mut outcome)?;
+    bench.batches(&mut outcome, "incompressible pages")?;
+    Ok(outcome)
+}
+
+struct Bench {
+    memory: Arc<MappedMemory>,
+    bytes: u64,
+    runs: u32,
+}
+
+impl Bench {
+    /// Runs `work` over all batches of the memory, again and again; `work` gets a batch's offset.
+    fn speed(
+        &self,
+        outcome: &mut Outcome,
+        name: &str,
+        mut work: impl FnMut(u64) -> Result<(), BenchError>,
+    ) -> Result<(), BenchError> {
+        let mut speeds = Vec::new();
+        for _ in 0..self.runs {
+            let started = sys::thread_seconds();
+            (0..self.bytes).step_by(BATCH).try_for_each(&mut work)?;
+            speeds.push(gigabytes_per_second(self.bytes, sys::thread_seconds() - started));
+        }
+        outcome.series(name, "GB/s", speeds);
+        Ok(())
+    }
+
+    /// Kernels that work on a private batch, which stays in the cache.
+    fn private(&self, outcome: &mut Outcome) -> Result<(), BenchError> {
+        let zeros = vec![0u8; BATCH];
+        let all = |test: fn(&[u8]) -> bool| black_box(&zeros).chunks_exact(PAGE).all(test);
+        self.speed(outcome, "zero test, private buffer", |_| expect(all(is_zero), "zeros are zeros"))?;
+        self.speed(outcome, "zero test, naive", |_| expect(all(is_zero_portable), "zeros are zeros"))?;
+        let mut random = zeros.clone();
+        Random::new(5).fill(&mut random);
+        let hasher = hasher();
+        let first = hasher.hash(&random[..PAGE]);
+        self.speed(outcome, "page hash, private buffer", |_| {
+            let hashes = black_box(&random).chunks_exact(PAGE).map(|page| hasher.hash(page));
+            expect(hashes.filter(|hash| *hash == first).count() == 1, "hashes repeat themselves")
+        })
+    }
+
+    /// Copies between guest memory and a private batch, page by page.
+    fn copies(&self, outcome: &mut Outcome) -> Result<(), BenchError> {
+        let mut buffer = vec![0u8; BATCH];
+        let before = guest::fingerprint(&self.memory)?;
+        self.speed(outcome, "copy out of guest memory", |offset| {
+            for (page, into) in buffer.chunks_exact_mut(PAGE).enumerate() {
+                self.memory.read(RAM, offset + (page * PAGE) as u64, into)?;
+            }
+            Ok(())
+        })?;
+        let target = guest::prefaulted(self.bytes)?;
+        self.speed(outcome, "copy into guest memory", |offset| {
+            for (page, from) in buffer.chunks_exact(PAGE).enumerate() {
+                target.write(RAM, offset + (page * PAGE) as u64, from)?;
+            }
+            Ok(())
+        })?;
+        let mut last = vec![0; BATCH];
+        target.read(RAM, self.bytes - BATCH as u64, &mut last)?;
+        expect(last == buffer && guest::fingerprint(&self.memory)? == before, "copies are equal")
+    }
+
+    /// The whole way of a batch on either side, without a lane between them.
+    fn batches(&self, outcome: &mut Outcome, what: &str) -> Result<(), BenchError> {
+        let table = || Arc::new(HashTable::new(self.bytes / PAGE as u64));
+        let mut encoder = Encoder::new(self.memory.clone(), hasher(), table());
+        let mut encoded = EncodedBatch::default();
+        self.speed(outcome, &format!("encode {what}"), |offset| Ok(encoder.encode(&batch(offset), &mut encoded)?))?;
+
+        let target = guest::prefaulted(self.bytes)?;
+        let mut placer = Placer::new(target.clone(), hasher(), table());
+        let mut frame = FrameBuffer::new();
+        let mut speeds = Vec::new();
+        for _ in 0..self.runs {
+            let mut spent = 0.0;
+            for offset in (0..self.bytes).step_by(BATCH) {
+                encoder.encode(&batch(offset), &mut encoded)?;
+                let bytes: Vec<u8> = encoded.seal(0).iter().flat_map(|part| part.iter().copied()).collect();
+                frame.fill(&bytes).map_err(host("a frame is not a frame"))?;
+                let started = sys::thread_seconds();
+                placer.place(&frame).map_err(|error| BenchError::Wrong(error.to_string()))?;
+                spent += sys::thread_seconds() - started;
+            }
+            speeds.push(gigabytes_per_second(self.bytes, spent));
+        }
+        outcome.series(format!("place {what}"), "GB/s", speeds);
+        expect(guest::fingerprint(&target)? == guest::fingerprint(&self.memory)?, "placed memory is equal")
+    }
+}
+
+fn batch(offset: u64) -> Batch {
+    let run = PageRun { first: PageNumber(offset / PAGE as u64), count: MAX_BATCH_PAGES as u64 };
+    Batch { round: 0, runs: vec![run], pages: run.count }
+}
+
+fn hasher() -> PageHasher {
+    PageHasher::new(&DigestKey([9; 32]))
+}
+
+fn expect(holds: bool, what: &str) -> Result<(), BenchError> {
+    if holds { Ok(()) } else { Err(BenchError::Wrong(format!("it does not hold that {what}"))) }
+}

@@ -1,0 +1,131 @@
+//! `pageferry-bench`: what a migration costs, beside a plain copy of the same memory in the same run.
+//!
+//! Every benchmark checks its answer, and a wrong one ends the program with status 1. Speeds are
+//! medians; whatever is compared runs in turn (A, B, A, B, ...), so that a noisy machine disturbs both alike.
+#![deny(unsafe_code)]
+
+mod commands;
+mod guest;
+mod machine;
+mod outcome;
+mod peer;
+mod plain;
+#[allow(unsafe_code)]
+mod sys;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+use outcome::Outcome;
+
+/// Measures Pageferry on this machine. Build it with --release.
+#[derive(Parser, Debug)]
+#[command(name = "pageferry-bench", version, max_term_width = 100)]
+struct Cli {
+    /// Print one JSON object instead of a table
+    #[arg(long, global = true)]
+    json: bool,
+    /// Also write the JSON to benches/results/<date>-<CLASS>/, where CLASS names this kind of machine
+    #[arg(long, global = true, value_name = "CLASS")]
+    record: Option<String>,
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    /// A plain read/write copy of memory over TCP, and iperf3 if it is installed
+    Reference(commands::ReferenceOptions),
+    /// A migration of incompressible memory, in turn with the plain copy
+    Throughput(commands::ThroughputOptions),
+    /// A migration of memory that was touched and holds zeros
+    Zero(commands::ZeroOptions),
+    /// A migration of memory that was hardly ever touched: what is not there is not read
+    Holes(commands::HolesOptions),
+    /// Taking the dirty bits of a huge guest in which nothing is dirty
+    Harvest(commands::HarvestOptions),
+    /// The engine's inner loops, one thread
+    Kernels(commands::KernelsOptions),
+    /// Downtime of an idle KVM guest, by its own heartbeats (runs `migrate demo`)
+    Downtime(commands::DowntimeOptions),
+    /// The other process of a measurement; not for people
+    #[command(hide = true)]
+    Peer,
+}
+
+/// Why a benchmark gave no result.
+#[derive(Debug, thiserror::Error)]
+enum BenchError {
+    #[error("{what}: {source}")]
+    Host { what: &'static str, source: std::io::Error },
+    #[error(transparent)]
+    Transport(#[from] pageferry::transport::TransportError),
+    #[error("the migration failed: {0}")]
+    Migration(#[from] Box<pageferry::Failed>),
+    #[error("guest memory: {0}")]
+    Memory(#[from] pageferry::memory::MemoryError),
+    #[error("guest layout: {0}")]
+    Layout(#[from] pageferry::memory::LayoutError),
+    #[error("the engine could not {what}: {source}")]
+    Engine { what: &'static str, source: pageferry::vm::VmError },
+    #[error("the other process {0}")]
+    Peer(String),
+    #[error("WRONG ANSWER: {0}")]
+    Wrong(String),
+    #[error("skipped: {0}")]
+    Skipped(String),
+}
+
+/// Names what the host refused.
+fn host(what: &'static str) -> impl FnOnce(std::io::Error) -> BenchError {
+    move |source| BenchError::Host { what, source }
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    let result = match &cli.command {
+        Command::Peer => return peer::serve(),
+        Command::Reference(options) => commands::reference(options),
+        Command::Throughput(options) => commands::throughput(options),
+        Command::Zero(options) => commands::zero(options),
+        Command::Holes(options) => commands::holes(options),
+        Command::Harvest(options) => commands::harvest(options),
+        Command::Kernels(options) => commands::kernels(options),
+        Command::Downtime(options) => commands::downtime(options),
+    };
+    match result.and_then(|outcome| publish(&cli, &outcome)) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(BenchError::Skipped(reason)) => {
+            println!("skipped: {reason}");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            eprintln!("pageferry-bench: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn publish(cli: &Cli, outcome: &Outcome) -> Result<(), BenchError> {
+    if let Some(class) = &cli.record {
+        outcome.record(class).map_err(host("cannot write the results"))?;
+    }
+    if cli.json {
+        println!("{}", outcome.json());
+    } else {
+        print!("{outcome}");
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        use clap::CommandFactory;
+        Cli::command().debug_assert();
+    }
+}

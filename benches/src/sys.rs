@@ -1,0 +1,49 @@
+//! What needs the C library: this process's costs, and reading and writing mapped memory on a socket.
+
+use std::io;
+use std::net::TcpStream;
+use std::os::fd::AsRawFd;
+
+use pageferry::memory::Window;
+
+/// CPU time of this process so far, user and system, in seconds.
+pub(crate) fn cpu_seconds() -> f64 {
+    let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
+    // SAFETY: the kernel fills in the struct, which is plain numbers and was zeroed before.
+    let usage = unsafe {
+        libc::getrusage(libc::RUSAGE_SELF, usage.as_mut_ptr());
+        usage.assume_init()
+    };
+    let seconds = |time: libc::timeval| time.tv_sec as f64 + time.tv_usec as f64 / 1e6;
+    seconds(usage.ru_utime) + seconds(usage.ru_stime)
+}
+
+/// CPU time of this thread so far, in seconds: unlike the clock, it stands still while others run.
+pub(crate) fn thread_seconds() -> f64 {
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: the kernel fills in the struct.
+    unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
+    time.tv_sec as f64 + time.tv_nsec as f64 / 1e9
+}
+
+/// One `write` from memory at `offset`, of at most `len` bytes.
+pub(crate) fn write_from(stream: &TcpStream, memory: Window, offset: usize, len: usize) -> io::Result<usize> {
+    let len = len.min(memory.len.saturating_sub(offset));
+    // SAFETY: `offset + len` lies inside the window, which its memory keeps mapped.
+    let written = unsafe {
+        let start = memory.start.as_ptr().add(offset.min(memory.len));
+        libc::send(stream.as_raw_fd(), start.cast(), len, libc::MSG_NOSIGNAL)
+    };
+    usize::try_from(written).map_err(|_| io::Error::last_os_error())
+}
+
+/// One `read` into memory at `offset`, of at most `len` bytes.
+pub(crate) fn read_into(stream: &TcpStream, memory: Window, offset: usize, len: usize) -> io::Result<usize> {
+    let len = len.min(memory.len.saturating_sub(offset));
+    // SAFETY: as in `write_from`; no Rust reference into the window exists.
+    let read = unsafe {
+        let start = memory.start.as_ptr().add(offset.min(memory.len));
+        libc::recv(stream.as_raw_fd(), start.cast(), len, 0)
+    };
+    usize::try_from(read).map_err(|_| io::Error::last_os_error())
+}
