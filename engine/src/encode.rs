@@ -46,6 +46,8 @@ pub struct EncodedBatch {
     literal_len: usize,
     hashes: Vec<PageHash>,
     tally: Tally,
+    /// The next page may join the last record.
+    record_open: bool,
 }
 
 impl EncodedBatch {
@@ -107,6 +109,8 @@ impl Encoder {
         out.tally = Tally::default();
         out.literals.resize(MAX_BATCH_PAGES * PAGE_SIZE, 0);
         for run in &batch.runs {
+            // A run ends where its region does; the page numbers may go on all the same.
+            out.record_open = false;
             self.reader.read_run(*run, |page, read| {
                 let start = out.literal_len;
                 let Some(buffer) = out.literals.get_mut(start..).and_then(<[u8]>::first_chunk_mut::<PAGE_SIZE>) else {
@@ -139,9 +143,10 @@ impl EncodedBatch {
             Coding::Literal => self.hashes.push(hash),
         }
         match self.records.last_mut() {
-            Some(last) if last.coding == coding && last.run.end() == page.0 => last.run.count += 1,
+            Some(last) if self.record_open && last.coding == coding && last.run.end() == page.0 => last.run.count += 1,
             _ => self.records.push(Record { run: PageRun { first: page, count: 1 }, coding }),
         }
+        self.record_open = true;
     }
 }
 

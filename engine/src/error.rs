@@ -162,13 +162,22 @@ pub enum Failed {
     /// and its state kept; it must run on one side only.
     #[error("it is undecided which side owns the guest: {error}")]
     Undecided {
-        /// The migration: what [`crate::Source::settle`] and [`crate::Destination::settle`] ask about.
-        session: crate::wire::SessionId,
+        /// What [`crate::Source::settle`] and [`crate::Destination::settle`] ask about later.
+        unsettled: Unsettled,
         /// What broke.
         error: Error,
         /// How far it got.
         report: Box<Report>,
     },
+}
+
+/// A migration that is to be settled later.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Unsettled {
+    /// Which migration.
+    pub session: crate::wire::SessionId,
+    /// Whether the guest ran before it.
+    pub run: bool,
 }
 
 impl Failed {

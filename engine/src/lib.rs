@@ -26,7 +26,7 @@ pub mod driver;
 
 pub use config::{DestinationConfig, OnTimeout, SourceConfig, Verify};
 pub use driver::{Destination, Source};
-pub use error::{Error, Failed};
+pub use error::{Error, Failed, Unsettled};
 pub use host::{Control, Observer};
 pub use stats::Report;
 pub use vm::{DestinationVm, SourceVm};

@@ -55,6 +55,9 @@ pub const HASH_CHUNK_PAGES: u64 = 1 << 15;
 /// report of a guest that never converges bounded.
 pub const MAX_ROUNDS: u32 = 10_000;
 
+/// Events that threads may have waiting for the driver; more make the lane wait, and so the peer.
+pub const EVENT_QUEUE: usize = 256;
+
 /// How often an idle side says that it is alive.
 pub const HEARTBEAT: Duration = Duration::from_millis(500);
 

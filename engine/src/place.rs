@@ -110,7 +110,10 @@ mod tests {
     }
 
     fn side() -> Side {
-        let regions = vec![Region::ram("low", 0, 100 * 4096), Region::ram("high", 1 << 32, 300 * 4096)];
+        side_of(vec![Region::ram("low", 0, 100 * 4096), Region::ram("high", 1 << 32, 300 * 4096)])
+    }
+
+    fn side_of(regions: Vec<Region>) -> Side {
         let layout = Layout::new(regions).unwrap();
         let table = Arc::new(HashTable::new(layout.page_space()));
         // A memfd: the kernel may give an anonymous mapping a neighbour's huge page, which looks touched.
@@ -172,6 +175,22 @@ mod tests {
         source.memory.write(RegionId(0), 5, b"new").unwrap();
         let (second, _) = send(&source, &destination, &batches(&source, &[(1, 3..7), (0, 0..1)]));
         assert_eq!(first.plus(second), full_digest(&source));
+        assert_eq!(full_digest(&source), full_digest(&destination));
+    }
+
+    #[test]
+    fn regions_that_touch_in_the_page_space_arrive_in_one_batch() {
+        let regions = vec![Region::ram("low", 0, 64 * 4096), Region::ram("high", 1 << 32, 64 * 4096)];
+        let (source, destination) = (side_of(regions.clone()), side_of(regions));
+        for (region, page) in [(0, 63), (1, 0)] {
+            source.memory.write(RegionId(region), page * 4096, b"edge").unwrap();
+        }
+        // Once with content on both sides of the border, once with zeros.
+        send(&source, &destination, &batches(&source, &[(0, 0..64), (1, 0..64)]));
+        for (region, page) in [(0, 63), (1, 0)] {
+            source.memory.write(RegionId(region), page * 4096, &ZERO_PAGE).unwrap();
+        }
+        send(&source, &destination, &batches(&source, &[(0, 62..64), (1, 0..2)]));
         assert_eq!(full_digest(&source), full_digest(&destination));
     }
 

@@ -109,6 +109,8 @@ impl Downtime {
 #[derive(Clone, Debug, Default, PartialEq)]
 #[non_exhaustive]
 pub struct Report {
+    /// The migration; `None` if it never got a name.
+    pub session: Option<crate::wire::SessionId>,
     /// From the call to its end.
     pub total: Duration,
     /// The guest's standstill; all zero if it was never stopped for good. Known at the source only.

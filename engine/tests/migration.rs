@@ -15,7 +15,7 @@ use pageferry::transport::{
 use pageferry::vm::Step;
 use pageferry::wire::{Greeting, GreetingRole, Message, SessionId};
 use pageferry::{
-    Control, Destination, DestinationConfig, Error, Failed, OnTimeout, Report, Source, SourceConfig, Verify,
+    Control, Destination, DestinationConfig, Error, Failed, OnTimeout, Report, Source, SourceConfig, Unsettled, Verify,
 };
 
 fn destination_config() -> DestinationConfig {
@@ -298,15 +298,15 @@ fn wherever_the_link_is_cut_exactly_one_side_has_the_guest() {
 fn an_undecided_guest_is_given_back_once_both_sides_can_talk() {
     let (dialer, acceptor) = transport::in_memory();
     let mut guest = Guest::new(100, None);
-    let session = SessionId([5; 16]);
+    let unsettled = Unsettled { session: SessionId([5; 16]), run: true };
     *guest_running(&guest) = false;
     let room = std::thread::spawn(move || {
         let mut room = Room::default();
         let result =
-            Destination::new(destination_config()).settle(&mut room, Arc::new(acceptor), &Control::new(), session);
+            Destination::new(destination_config()).settle(&mut room, Arc::new(acceptor), &Control::new(), unsettled);
         (room, result)
     });
-    let result = Source::new(source_config()).settle(&mut guest, Arc::new(dialer), &Control::new(), session);
+    let result = Source::new(source_config()).settle(&mut guest, Arc::new(dialer), &Control::new(), unsettled);
     assert!(matches!(result, Err(Failed::SourceStillOwns { .. })), "{result:?}");
     assert!(guest.is_running_now());
     let (room, result) = room.join().unwrap();

@@ -9,7 +9,8 @@ pub enum Reaction {
     /// Runs on.
     #[default]
     Continue,
-    /// Rests for this long, without holding any lock; a pause ends the rest at once.
+    /// Rests for this long, without holding any lock of the VMM's. A pause ends the rest at once; what is left
+    /// of it is forgotten.
     Rest(Duration),
     /// The guest asked to be reset or switched off: no vCPU runs on.
     End,

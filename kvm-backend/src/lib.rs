@@ -4,7 +4,7 @@
 //! The road through it:
 //!
 //! 1. [`Host::open`] asks `/dev/kvm` what this host can do.
-//! 2. [`Machine::new`] makes a virtual machine over [`pageferry::memory::MappedMemory`]: a memory slot
+//! 2. [`Machine::new`] makes a virtual machine over guest memory that this process has mapped: a memory slot
 //!    per region, interrupt controllers, timer, vCPUs with a [`MachineConfig`]'s CPUID. The
 //!    configuration travels to the destination before any page does, and a host that cannot give
 //!    the guest its CPU features refuses it by name.
@@ -14,7 +14,10 @@
 //!    guest memory it reports to [`Machine::host_writes`].
 //! 5. [`Machine::throttle`], [`Machine::pause`], [`Machine::save`] at the source, [`Machine::load`] and
 //!    [`Machine::resume`] at the destination.
-
+//!
+//! Unsafe code is in four places: the KVM calls that `kvm-ioctls` lacks (`ioctl`), signals and the
+//! shared page of a vCPU (`kick`), the call that gives KVM its memory slots (`vm`), and the one that
+//! signals a vCPU thread (`vcpu`).
 #![deny(unsafe_code)]
 
 mod config;

@@ -54,9 +54,9 @@ make_guest_initramfs() {
     "$NESTED/initramfs.sh" -o "$WORK/guest.cpio" -i "$NESTED/inside/guest-init"
 }
 
-# The initial RAM disk of the emulated machine: the guest's kernel and RAM disk, and what the arguments add.
+# The initial RAM disk of the emulated machine: the guest's RAM disk, and what the arguments add.
 make_machine_initramfs() {
     "$NESTED/initramfs.sh" -o "$WORK/machine.cpio" -i "$NESTED/inside/init" -k "$KERNEL_VERSION" \
         -m irqbypass -m kvm -m ccp -m kvm-amd \
-        -f "$WORK/vmlinux:/guest/vmlinux" -f "$WORK/guest.cpio:/guest/initramfs" "$@"
+        -f "$WORK/guest.cpio:/guest/initramfs" "$@"
 }

@@ -11,5 +11,6 @@ make_guest_initramfs
 (cd "$ROOT" && cargo build -p migrate --profile "${PROFILE:-release}")
 binary=$ROOT/target/${PROFILE:-release}/migrate
 [ -e "$binary" ] || binary=$ROOT/target/debug/migrate
-make_machine_initramfs -b "$binary:/bin/migrate" -f "$NESTED/inside/migrate-linux:/test"
+make_machine_initramfs -b "$binary:/bin/migrate" -f "$NESTED/inside/migrate-linux:/test" \
+    -f "$WORK/vmlinux:/guest/kernel"
 "$NESTED/boot.sh" -k "$WORK/vmlinux" -i "$WORK/machine.cpio" -t "${TIMEOUT:-600}"

@@ -5,14 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::Error;
+use pageferry::barrier::RoundBarrier;
 use pageferry::digest::{Digest, HashTable, PageHasher};
+use pageferry::encode::Tally;
 use pageferry::limits::{FAREWELL, GREETING_TIMEOUT, HEARTBEAT};
 use pageferry::memory::{Backing, Layout, MappedMemory};
 use pageferry::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome, Phase};
 use pageferry::transport::LaneRole;
 use pageferry::vm::VmResult;
-use pageferry::barrier::RoundBarrier;
-use pageferry::encode::Tally;
 use pageferry::wire::{FrameBuffer, Greeting, GreetingRole, Message, Offer, SessionId};
 
 use crate::clock::{Event, HostId};
@@ -215,7 +215,8 @@ impl DestinationHost {
         self.stuck = if deadline <= now { self.stuck + 1 } else { 0 };
         if self.stuck > 3 {
             let phase = self.session.phase();
-            lock(&self.guest).violate(format!("the destination's deadline in {phase:?} is past and a tick does not resolve it"));
+            lock(&self.guest)
+                .violate(format!("the destination's deadline in {phase:?} is past and a tick does not resolve it"));
         }
         ctx.clock.at(deadline.min(now + HEARTBEAT), Event::Timer(self.id, self.wait));
     }
@@ -242,7 +243,9 @@ impl DestinationHost {
                 DestinationInput::Greeted { lane: LaneKey(lane as u64), greeting, peer }
             }
             Heard::Received(Received::Message(message)) => DestinationInput::Message(message),
-            Heard::Received(Received::RoundComplete(round, digest)) => DestinationInput::RoundComplete { round, digest },
+            Heard::Received(Received::RoundComplete(round, digest)) => {
+                DestinationInput::RoundComplete { round, digest }
+            }
             Heard::Received(Received::PlacingFailed(error)) => DestinationInput::Failed(error),
             Heard::Received(Received::ControlBroken(error)) | Heard::ControlBroken(error) => {
                 DestinationInput::LinkLost(error)
@@ -275,7 +278,8 @@ impl DestinationHost {
             }
             DestinationAction::AbortVm => self.abort(),
             DestinationAction::Notify(_) => {}
-            action @ (DestinationAction::MakeRoom(_) | DestinationAction::Load(_) | DestinationAction::Start { .. }) => {
+            action
+            @ (DestinationAction::MakeRoom(_) | DestinationAction::Load(_) | DestinationAction::Start { .. }) => {
                 self.begin_call(ctx, action);
                 return false;
             }

@@ -7,7 +7,9 @@ fn main() {
     for seed in from..to {
         let r = pageferry_sim::run_seed(seed, verbose);
         *endings.entry(r.ending).or_insert(0) += 1;
-        if let Some(v) = &r.violation { println!("seed {seed}: {v} faults {:?}", r.faults); }
+        if let Some(v) = &r.violation {
+            println!("seed {seed}: {v} faults {:?}", r.faults);
+        }
     }
     println!("{endings:?}");
 }

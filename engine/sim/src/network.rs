@@ -163,8 +163,7 @@ pub(crate) struct Network {
 
 impl Network {
     pub(crate) fn new(link: Link, faults: &[(Trigger, Fault)]) -> Self {
-        let armed =
-            faults.iter().map(|&(trigger, fault)| Armed { trigger, fault, fired: false, lane: None }).collect();
+        let armed = faults.iter().map(|&(trigger, fault)| Armed { trigger, fault, fired: false, lane: None }).collect();
         Self {
             link,
             lanes: Vec::new(),
@@ -448,7 +447,10 @@ impl Network {
                 clock.after(Duration::ZERO, Event::Readable(id, way.reader()));
             }
             Segment::Fault(index) => clock.after(Duration::ZERO, Event::Fault(index)),
-            Segment::Cut(cut) => self.cut(clock, cut, Some(id)),
+            Segment::Cut(cut) => {
+                self.cut(clock, cut, Some(id));
+                self.cut_lane(clock, id, cut.source_notices, cut.destination_notices);
+            }
         }
     }
 
@@ -469,7 +471,13 @@ impl Network {
     }
 
     /// Reads the next frame as a stream lane does; `false` when it is not there yet.
-    pub(crate) fn read(&mut self, clock: &mut Clock, id: LaneId, end: End, frame: &mut FrameBuffer) -> io::Result<bool> {
+    pub(crate) fn read(
+        &mut self,
+        clock: &mut Clock,
+        id: LaneId,
+        end: End,
+        frame: &mut FrameBuffer,
+    ) -> io::Result<bool> {
         let way = end.reads();
         let pipe = self.lanes[id].pipe(way);
         if pipe.arrived.len() >= HEADER_LEN {

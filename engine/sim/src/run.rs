@@ -81,7 +81,8 @@ pub(crate) fn run(scenario: &Scenario, print: bool, log: bool) -> RunResult {
         Err(error) => return failed_to_start(scenario, &error),
     };
     let clock = Clock::new(random, Trace::new(print));
-    let mut run = Run { world: World::new(scenario, clock, guest), scenario, ending: None, frames: Vec::new(), endings: None };
+    let mut run =
+        Run { world: World::new(scenario, clock, guest), scenario, ending: None, frames: Vec::new(), endings: None };
     run.world.ctx.network.log = log.then(Vec::new);
     let verdict = run.all_phases();
     run.result(verdict.err())
@@ -104,8 +105,7 @@ fn failed_to_start(scenario: &Scenario, error: &std::io::Error) -> RunResult {
 fn new_guest(scenario: &Scenario, random: &mut Random) -> std::io::Result<SharedGuest> {
     let memory = Arc::new(fresh_memory(&scenario.layout)?);
     let failures = scenario.vm.failures.clone();
-    let mut guest =
-        Guest::new(memory, scenario.runs, scenario.pattern, scenario.tracking, failures, random.fork(1));
+    let mut guest = Guest::new(memory, scenario.runs, scenario.pattern, scenario.tracking, failures, random.fork(1));
     guest.fill(scenario.filled);
     guest.tearing = scenario.tears;
     Ok(Arc::new(Mutex::new(guest)))
@@ -219,7 +219,9 @@ impl Run<'_> {
                 guest.violation.take().map_or(Ok(Ending::Completed), Err)
             }
             (Some(Outcome::HandedOver), _) if dead => Ok(Ending::Lost),
-            (Some(Outcome::SourceOwns(_)), Some(Outcome::HandedOver)) => Err("two owners by their own words".to_owned()),
+            (Some(Outcome::SourceOwns(_)), Some(Outcome::HandedOver)) => {
+                Err("two owners by their own words".to_owned())
+            }
             (Some(Outcome::SourceOwns(error)), _) => {
                 let ending = if matches!(error, Error::Cancelled) { Ending::Cancelled } else { Ending::Failed };
                 check_source(&mut guest).map(|()| ending)
@@ -387,9 +389,10 @@ fn check_error(outcome: &Outcome, mut struck: impl Iterator<Item = Fault>) -> Ve
         return Ok(());
     };
     let told = |what: &str| matches!(error, Error::PeerAborted { reason, .. } if reason.contains(what));
-    let bug = matches!(error, Error::Bug(_) | Error::DigestMismatch { .. } | Error::PeerMisbehaved { .. } | Error::Memory(_))
-        || told("misbehaved")
-        || told("memory differs");
+    let bug =
+        matches!(error, Error::Bug(_) | Error::DigestMismatch { .. } | Error::PeerMisbehaved { .. } | Error::Memory(_))
+            || told("misbehaved")
+            || told("memory differs");
     let invalid = matches!(error, Error::InvalidMessage { .. }) || told("invalid data");
     if bug || (invalid && !struck.any(|fault| matches!(fault, Fault::Flip { .. }))) {
         return Err(format!("an error that must not be: {error}"));

@@ -245,14 +245,15 @@ fn link(random: &mut Random, config: &SourceConfig) -> Link {
     let lanes = 1 + u64::from(config.lanes);
     let alike = random.chance(50);
     let (latency, bandwidth) = (random.micros(10..=80_000), random.log_within(1_000_000..=2_000_000_000));
-    let each = |random: &mut Random| if alike { (latency, bandwidth) } else { (random.micros(10..=80_000), random.log_within(1_000_000..=2_000_000_000)) };
+    let each = |random: &mut Random| {
+        if alike {
+            (latency, bandwidth)
+        } else {
+            (random.micros(10..=80_000), random.log_within(1_000_000..=2_000_000_000))
+        }
+    };
     let (latency, bandwidth) = (0..lanes).map(|_| each(random)).unzip();
-    Link {
-        latency,
-        bandwidth,
-        jitter: random.micros(1..=5_000),
-        capacity: random.log_within(4_096..=4 << 20),
-    }
+    Link { latency, bandwidth, jitter: random.micros(1..=5_000), capacity: random.log_within(4_096..=4 << 20) }
 }
 
 fn vm_plan(random: &mut Random) -> VmPlan {

@@ -17,9 +17,7 @@ use pageferry::memory::GuestMemory;
 use pageferry::session::{Outcome, SourceAction, SourceInput, SourceSession, SourceSetup};
 use pageferry::transport::{LaneRole, TransportError};
 use pageferry::vm::{Step, VmResult};
-use pageferry::wire::{
-    FrameBuffer, Greeting, GreetingRole, Message, PROTOCOL_MAX, PROTOCOL_MIN, SessionId, WireError,
-};
+use pageferry::wire::{FrameBuffer, Greeting, GreetingRole, Message, PROTOCOL_MAX, PROTOCOL_MIN, SessionId, WireError};
 
 use crate::clock::{Event, HostId};
 use crate::fault::Call;
@@ -278,7 +276,8 @@ impl SourceHost {
         let deadline = self.session.poll_timeout().map_or(Duration::MAX, |at| self.started.saturating_add(at));
         self.stuck = if deadline <= now { self.stuck + 1 } else { 0 };
         if self.stuck > 3 {
-            lock(&self.guest).violate(format!("the source's deadline {deadline:?} is past and a tick does not resolve it"));
+            lock(&self.guest)
+                .violate(format!("the source's deadline {deadline:?} is past and a tick does not resolve it"));
         }
         ctx.clock.at(deadline.min(now + LOOK), Event::Timer(self.id, self.wait));
     }
@@ -613,7 +612,7 @@ impl SourceHost {
 
     fn open_lanes(&mut self, ctx: &mut Context, lanes: Vec<LaneId>) {
         for (index, lane) in (0..).zip(lanes) {
-                let sender = Sender::new(self.id, self.senders.len(), End::Source, lane, LaneRole::Data(index));
+            let sender = Sender::new(self.id, self.senders.len(), End::Source, lane, LaneRole::Data(index));
             self.senders.push(sender.carrying_pages(self.encoder()));
         }
         self.tell(ctx, SourceInput::LanesOpen);

@@ -104,7 +104,9 @@ impl DirtySource for Tracker {
         let mut guest = lock(&self.0);
         guest.attempt(Call::Rearm)?;
         let pages = guest.layout.pages_of(region);
-        let stray = |word: usize, bits: u64| (0..64).any(|bit| bits >> bit & 1 == 1 && first_page + word as u64 * 64 + bit >= pages.count);
+        let stray = |word: usize, bits: u64| {
+            (0..64).any(|bit| bits >> bit & 1 == 1 && first_page + word as u64 * 64 + bit >= pages.count)
+        };
         if first_page % 64 != 0 || words.iter().enumerate().any(|(word, bits)| stray(word, *bits)) {
             guest.violate(format!("pages outside {region} are armed, from {first_page}"));
             return Ok(());

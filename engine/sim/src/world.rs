@@ -194,7 +194,8 @@ impl World {
         };
         if host == self.source.id && !self.source.is_over() {
             self.on_source_event(event);
-        } else if self.destination.as_ref().is_some_and(|destination| destination.id == host && !destination.is_over()) {
+        } else if self.destination.as_ref().is_some_and(|destination| destination.id == host && !destination.is_over())
+        {
             self.on_destination_event(event);
         }
     }
@@ -293,7 +294,8 @@ impl World {
         match fault {
             Fault::Cut(cut) => ctx.network.cut(&mut ctx.clock, cut, lane),
             Fault::Stall { scope, out, back, lasts } => {
-                let ways: Vec<Way> = [(out, Way::Out), (back, Way::Back)].iter().filter(|way| way.0).map(|way| way.1).collect();
+                let ways: Vec<Way> =
+                    [(out, Way::Out), (back, Way::Back)].iter().filter(|way| way.0).map(|way| way.1).collect();
                 ctx.network.stall(&mut ctx.clock, scope, &ways, lasts, lane);
             }
             Fault::Kill { restart } => self.kill(restart),
@@ -378,12 +380,15 @@ fn greeting_of(visit: Visit, random: &mut Random) -> Vec<u8> {
     }
 }
 
-fn new_source(scenario: &Scenario, guest: &SharedGuest, config: &SourceConfig, id: HostId, mut random: Random) -> SourceHost {
-    let policy: Box<dyn Convergence> = if scenario.random_policy {
-        Box::new(Whim(random.fork(1)))
-    } else {
-        Box::new(Adaptive::default())
-    };
+fn new_source(
+    scenario: &Scenario,
+    guest: &SharedGuest,
+    config: &SourceConfig,
+    id: HostId,
+    mut random: Random,
+) -> SourceHost {
+    let policy: Box<dyn Convergence> =
+        if scenario.random_policy { Box::new(Whim(random.fork(1))) } else { Box::new(Adaptive::default()) };
     let setup = setup(config, guest, &mut random, scenario.vm.state_len, policy);
     SourceHost::new(SourceParts {
         session_id: setup.session,

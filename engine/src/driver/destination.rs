@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Select, Sender, unbounded};
+use crossbeam_channel::{Receiver, Select, Sender, bounded, unbounded};
 
 use super::door::{self, Guest};
 use super::lane::{LaneName, NumberedReceiver, NumberedSender};
@@ -15,14 +15,14 @@ use super::send::run_control_lane;
 use super::{Counters, Lent, verify};
 use crate::config::DestinationConfig;
 use crate::digest::{Digest, HashTable, PageHasher};
-use crate::error::{Error, Failed};
+use crate::error::{Error, Failed, Unsettled};
 use crate::host::{Control, Joiner, Observer, Spawner, ThreadRole};
-use crate::limits::{FAREWELL, HEARTBEAT};
-use crate::memory::MemoryError;
+use crate::limits::{EVENT_QUEUE, FAREWELL, HEARTBEAT};
+use crate::memory::{GuestMemory, Layout, MemoryError};
 use crate::session::{DestinationAction, DestinationInput, DestinationSession, DestinationSetup, LaneKey, Outcome};
 use crate::stats::Report;
 use crate::transport::{Acceptor, LaneCloser, LaneRole, TransportError};
-use crate::vm::DestinationVm;
+use crate::vm::{DestinationVm, VmResult};
 use crate::wire::{GreetingRole, Message, Offer, SessionId};
 
 /// Receives a guest.
@@ -84,6 +84,23 @@ impl Destination {
         Driver::new(self, vm, control, DestinationSession::new(setup)).drive(acceptor)
     }
 
+    /// Tells a source that is still undecided that its guest runs here: for a migration that ended
+    /// well on this side ([`Report::session`]), when the source lost the link before it knew. Waits
+    /// for the source for [`DestinationConfig::settle_window`] at most.
+    ///
+    /// # Errors
+    ///
+    /// The acceptor's, as [`Failed::DestinationOwns`].
+    pub fn confirm(
+        &self,
+        acceptor: Arc<dyn Acceptor>,
+        control: &Control,
+        session: SessionId,
+    ) -> Result<Report, Failed> {
+        let setup = DestinationSetup { config: self.config.clone() };
+        Driver::new(self, &mut NoVm, control, DestinationSession::confirm(setup, session)).drive(acceptor)
+    }
+
     /// Stands ready once more to be asked about a migration that ended [`Failed::Undecided`]. Being
     /// asked means that Commit never came here: the guest is given up, and the source told so.
     ///
@@ -95,24 +112,49 @@ impl Destination {
         vm: &mut dyn DestinationVm,
         acceptor: Arc<dyn Acceptor>,
         control: &Control,
-        session: SessionId,
+        unsettled: Unsettled,
     ) -> Result<Report, Failed> {
         let setup = DestinationSetup { config: self.config.clone() };
         let error = Error::NoSource(self.config.settle_window);
-        Driver::new(self, vm, control, DestinationSession::settle(setup, session, error)).drive(acceptor)
+        Driver::new(self, vm, control, DestinationSession::settle(setup, unsettled.session, error)).drive(acceptor)
     }
 }
 
-/// What the threads tell the driver.
-pub(super) enum DestinationEvent {
-    Greeted(LaneKey, Box<Guest>),
-    DoorBroken(TransportError),
+/// Stands in where no VM is asked for anything any more.
+struct NoVm;
+
+impl DestinationVm for NoVm {
+    fn prepare(&mut self, _config: &[u8], _layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+        Err("no guest is expected here".into())
+    }
+
+    fn load(&mut self, _state: &mut dyn std::io::Read) -> VmResult<()> {
+        Err("no guest is expected here".into())
+    }
+
+    fn commit(&mut self, _run: bool) -> VmResult<()> {
+        Err("no guest is expected here".into())
+    }
+
+    fn abort(&mut self) {}
+}
+
+/// What the threads of a lane tell the driver.
+pub(super) enum LaneEvent {
     Message(Message),
     RoundComplete(u32, Digest),
     PlacingFailed(Error),
     ControlBroken(Error),
     ControlSent,
     DataLaneBroken(Error),
+}
+
+/// What the threads tell the driver.
+pub(super) enum DestinationEvent {
+    Greeted(LaneKey, Box<Guest>),
+    DoorBroken(TransportError),
+    /// From a lane of this generation; of an older one it means nothing any more.
+    Lane(u64, LaneEvent),
     Hashed(Result<Digest, MemoryError>, Duration),
 }
 
@@ -126,11 +168,14 @@ struct Driver<'a> {
     events: (Sender<DestinationEvent>, Receiver<DestinationEvent>),
     greeted: HashMap<LaneKey, Box<Guest>>,
     messages: Option<Sender<Message>>,
+    /// Counts control lanes, so that late words of an older one are not taken for the present one's.
+    generation: u64,
     room: Arc<OnceLock<Room>>,
     closers: Vec<Arc<dyn LaneCloser>>,
     threads: Vec<Box<dyn Joiner>>,
-    progress_heard: u64,
+    frames_heard: u64,
     cancel_told: bool,
+    run: bool,
     door_closed: Arc<AtomicBool>,
 }
 
@@ -148,14 +193,16 @@ impl<'a> Driver<'a> {
             session,
             counters: Arc::default(),
             started: Instant::now(),
-            events: unbounded(),
+            events: bounded(EVENT_QUEUE),
             greeted: HashMap::new(),
             messages: None,
+            generation: 0,
             room: Arc::default(),
             closers: Vec::new(),
             threads: Vec::new(),
-            progress_heard: 0,
+            frames_heard: 0,
             cancel_told: false,
+            run: false,
             door_closed: Arc::default(),
         }
     }
@@ -177,8 +224,10 @@ impl<'a> Driver<'a> {
                 self.tell(DestinationInput::Cancel);
                 continue;
             }
-            self.wait();
-            self.tell_time();
+            if !self.session.has_actions() {
+                self.wait();
+                self.tell_time();
+            }
         }
     }
 
@@ -187,8 +236,8 @@ impl<'a> Driver<'a> {
     }
 
     fn tell_time(&mut self) {
-        let progress = Counters::read(&self.counters.progress);
-        let heard = std::mem::replace(&mut self.progress_heard, progress) != progress;
+        let frames = Counters::read(&self.counters.frames_received);
+        let heard = std::mem::replace(&mut self.frames_heard, frames) != frames;
         self.tell(if heard { DestinationInput::Heard } else { DestinationInput::Tick });
     }
 
@@ -215,12 +264,15 @@ impl<'a> Driver<'a> {
                 DestinationInput::Greeted { lane, greeting, peer }
             }
             DestinationEvent::DoorBroken(error) => DestinationInput::Failed(door::broken(error)),
-            DestinationEvent::Message(message) => DestinationInput::Message(message),
-            DestinationEvent::RoundComplete(round, digest) => DestinationInput::RoundComplete { round, digest },
-            DestinationEvent::PlacingFailed(error) => DestinationInput::Failed(error),
-            DestinationEvent::ControlBroken(error) => DestinationInput::LinkLost(error),
-            DestinationEvent::ControlSent => return,
-            DestinationEvent::DataLaneBroken(error) => DestinationInput::DataLaneLost(error),
+            DestinationEvent::Lane(generation, _) if generation != self.generation => return,
+            DestinationEvent::Lane(_, event) => match event {
+                LaneEvent::Message(message) => DestinationInput::Message(message),
+                LaneEvent::RoundComplete(round, digest) => DestinationInput::RoundComplete { round, digest },
+                LaneEvent::PlacingFailed(error) => DestinationInput::Failed(error),
+                LaneEvent::ControlBroken(error) => DestinationInput::LinkLost(error),
+                LaneEvent::ControlSent => return,
+                LaneEvent::DataLaneBroken(error) => DestinationInput::DataLaneLost(error),
+            },
             DestinationEvent::Hashed(Ok(digest), took) => DestinationInput::Verified { digest, took },
             DestinationEvent::Hashed(Err(error), _) => DestinationInput::Failed(error.into()),
         };
@@ -260,6 +312,7 @@ impl<'a> Driver<'a> {
     }
 
     fn make_room(&mut self, offer: &Offer) {
+        self.run = offer.run;
         match self.vm.prepare(&offer.config, &offer.layout) {
             Ok(memory) if *memory.layout() == offer.layout => {
                 let _ = self.room.set(Room {
@@ -305,6 +358,9 @@ impl<'a> Driver<'a> {
             GreetingRole::Data(index) => (index, false),
             GreetingRole::Control | GreetingRole::Settle => (0, true),
         };
+        if is_control {
+            self.generation += 1;
+        }
         let lane_role = if is_control { LaneRole::Control } else { LaneRole::Data(index) };
         let name = LaneName { role: lane_role, peer: guest.peer };
         let halves = guest.halves;
@@ -317,6 +373,7 @@ impl<'a> Driver<'a> {
             is_control,
             room: Arc::clone(&self.room),
             counters: Arc::clone(&self.counters),
+            generation: self.generation,
             events: self.events.0.clone(),
         };
         let role = if is_control { ThreadRole::Control } else { ThreadRole::Receiver(index) };
@@ -334,13 +391,13 @@ impl<'a> Driver<'a> {
     fn open_control(&mut self, sender: NumberedSender) -> Result<(), Error> {
         let (messages, inbox) = unbounded();
         self.messages = Some(messages);
-        let events = self.events.0.clone();
+        let (events, generation) = (self.events.0.clone(), self.generation);
         self.spawn(ThreadRole::Control, move || {
             let event = match run_control_lane(sender, &inbox, None) {
-                Ok(()) => DestinationEvent::ControlSent,
-                Err(error) => DestinationEvent::ControlBroken(error),
+                Ok(()) => LaneEvent::ControlSent,
+                Err(error) => LaneEvent::ControlBroken(error),
             };
-            let _ = events.send(event);
+            let _ = events.send(DestinationEvent::Lane(generation, event));
         })
     }
 
@@ -358,6 +415,7 @@ impl<'a> Driver<'a> {
 
     fn close_lanes(&mut self) {
         self.messages = None;
+        self.generation += 1;
         for closer in self.closers.drain(..) {
             closer.close();
         }
@@ -376,6 +434,7 @@ impl<'a> Driver<'a> {
         let session_id = self.session.session();
         let (outcome, mut report) = self.session.into_parts();
         report.total = total;
+        report.session = session_id;
         report.wire_bytes = Counters::read(&self.counters.wire_bytes);
         report.pages_zero = Counters::read(&self.counters.zero_pages);
         report.pages_sent = Counters::read(&self.counters.pages) - report.pages_zero;
@@ -383,7 +442,9 @@ impl<'a> Driver<'a> {
         match (outcome, session_id) {
             (Some(Outcome::HandedOver), _) => Ok(*report),
             (Some(Outcome::DestinationOwns(error)), _) => Err(Failed::DestinationOwns { error, report }),
-            (Some(Outcome::Undecided(error)), Some(session)) => Err(Failed::Undecided { session, error, report }),
+            (Some(Outcome::Undecided(error)), Some(session)) => {
+                Err(Failed::Undecided { unsettled: Unsettled { session, run: self.run }, error, report })
+            }
             // Without a session nothing was ever promised.
             (Some(Outcome::SourceOwns(error)), _) | (Some(Outcome::Undecided(error)), None) => {
                 Err(Failed::SourceStillOwns { error, report })
@@ -401,7 +462,8 @@ impl<'a> Driver<'a> {
         if self.messages.take().is_some() {
             let deadline = Instant::now() + FAREWELL;
             while let Ok(event) = self.events.1.recv_deadline(deadline) {
-                if matches!(event, DestinationEvent::ControlSent | DestinationEvent::ControlBroken(_)) {
+                let ended = matches!(event, DestinationEvent::Lane(generation, LaneEvent::ControlSent | LaneEvent::ControlBroken(_)) if generation == self.generation);
+                if ended {
                     break;
                 }
             }
@@ -410,6 +472,8 @@ impl<'a> Driver<'a> {
             room.gate.close();
         }
         self.close_lanes();
+        // A thread that waits to be heard must not wait for ever.
+        self.events = bounded(0);
         for thread in self.threads.drain(..) {
             thread.join();
         }

@@ -70,6 +70,7 @@ impl NumberedReceiver {
             return Err(self.name.invalid(WireError::Sequence { expected, found }));
         }
         self.next += 1;
+        Counters::add(&self.counters.frames_received, 1);
         Counters::add(&self.counters.wire_bytes, frame.bytes().len() as u64);
         Ok(())
     }

@@ -50,6 +50,8 @@ impl Lent {
 struct Counters {
     /// Bytes of frames, both directions.
     wire_bytes: AtomicU64,
+    /// Frames received on any lane: signs of life.
+    frames_received: AtomicU64,
     /// Bytes of page data received, or of memory verified: what the other side sees as progress.
     progress: AtomicU64,
     /// Pages covered so far.

@@ -5,7 +5,7 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError};
 use crossbeam_channel::Sender;
 
 use super::Counters;
-use super::destination::DestinationEvent;
+use super::destination::{DestinationEvent, LaneEvent};
 use super::lane::NumberedReceiver;
 use crate::barrier::{Entry, RoundBarrier};
 use crate::digest::{Digest, HashTable, PageHasher};
@@ -88,23 +88,25 @@ pub(super) struct ReceiveDuty {
     pub(super) is_control: bool,
     pub(super) room: Arc<OnceLock<Room>>,
     pub(super) counters: Arc<Counters>,
+    pub(super) generation: u64,
     pub(super) events: Sender<DestinationEvent>,
 }
 
 /// Receives until the lane ends.
 pub(super) fn run(duty: ReceiveDuty) {
-    let (events, is_control) = (duty.events.clone(), duty.is_control);
+    let (events, generation, is_control) = (duty.events.clone(), duty.generation, duty.is_control);
     let mut receiver = Receiver { duty, placer: None, tally: Tally::default() };
     let error = match receiver.receive_all() {
         Ok(()) => return,
         Err(error) => error,
     };
-    let _ = events.send(match error {
+    let event = match error {
         // Our own memory's fault, not the lane's.
-        Error::Memory(_) => DestinationEvent::PlacingFailed(error),
-        _ if is_control => DestinationEvent::ControlBroken(error),
-        _ => DestinationEvent::DataLaneBroken(error),
-    });
+        Error::Memory(_) => LaneEvent::PlacingFailed(error),
+        _ if is_control => LaneEvent::ControlBroken(error),
+        _ => LaneEvent::DataLaneBroken(error),
+    };
+    let _ = events.send(DestinationEvent::Lane(generation, event));
 }
 
 struct Receiver {
@@ -153,7 +155,7 @@ impl Receiver {
         let message = Message::decode(frame).map_err(|source| self.duty.lane.name.invalid(source))?;
         match message {
             Message::RoundEnd { round } => self.end_round(round),
-            message if self.duty.is_control => Ok(self.duty.events.send(DestinationEvent::Message(message)).is_ok()),
+            message if self.duty.is_control => Ok(self.tell(LaneEvent::Message(message))),
             message => Err(self.misbehaved(format!("it sent {message:?} on a data lane"))),
         }
     }
@@ -165,9 +167,14 @@ impl Receiver {
         }
         let tally = std::mem::take(&mut self.tally);
         if let Some((round, digest)) = room.gate.end(self.duty.index, &tally) {
-            return Ok(self.duty.events.send(DestinationEvent::RoundComplete(round, digest)).is_ok());
+            return Ok(self.tell(LaneEvent::RoundComplete(round, digest)));
         }
         Ok(true)
+    }
+
+    /// `false` when nobody listens any more.
+    fn tell(&self, event: LaneEvent) -> bool {
+        self.duty.events.send(DestinationEvent::Lane(self.duty.generation, event)).is_ok()
     }
 
     fn enter(&self, room: &Room, round: u32) -> Result<bool, Error> {

@@ -16,9 +16,9 @@ use crate::converge::{Adaptive, Convergence};
 use crate::digest::{Digest, DigestKey, HashTable, PageHasher};
 use crate::dirty::{Accumulator, DirtySink, Point};
 use crate::encode::{Encoder, Tally, populated_runs};
-use crate::error::{Error, Failed};
+use crate::error::{Error, Failed, Unsettled};
 use crate::host::{Control, Joiner, Observer, Spawner, ThreadRole};
-use crate::limits::{FAREWELL, MAX_LANES, PLANNED_BATCHES_PER_WORKER, STATE_CHUNK};
+use crate::limits::{EVENT_QUEUE, FAREWELL, MAX_LANES, PLANNED_BATCHES_PER_WORKER, STATE_CHUNK};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::session::{Outcome, SourceAction, SourceInput, SourceSession, SourceSetup};
 use crate::stats::{Event, Progress, Report};
@@ -92,8 +92,8 @@ impl Source {
     pub fn run(&self, vm: &mut dyn SourceVm, dialer: Arc<dyn Dialer>, control: &Control) -> Result<Report, Failed> {
         let setup = self.setup(vm).map_err(|error| Failed::SourceStillOwns { error, report: Box::default() })?;
         let digest_key = setup.digest_key;
-        let session_id = setup.session;
-        Driver::new(self, vm, dialer, control, SourceSession::new(setup), session_id, digest_key).drive()
+        let unsettled = Unsettled { session: setup.session, run: setup.run };
+        Driver::new(self, vm, dialer, control, SourceSession::new(setup), unsettled, digest_key).drive()
     }
 
     /// Asks again about a migration that ended [`Failed::Undecided`], for another
@@ -108,12 +108,13 @@ impl Source {
         vm: &mut dyn SourceVm,
         dialer: Arc<dyn Dialer>,
         control: &Control,
-        session: SessionId,
+        unsettled: Unsettled,
     ) -> Result<Report, Failed> {
-        let setup = self.setup_for(vm, session, DigestKey([0; 32]), Vec::new(), true);
+        let Unsettled { session, run } = unsettled;
+        let setup = self.setup_for(vm, session, DigestKey([0; 32]), Vec::new(), run);
         let error = Error::Misuse("the destination did not answer".to_owned());
         let state = SourceSession::settle(setup, error);
-        Driver::new(self, vm, dialer, control, state, session, DigestKey([0; 32])).drive()
+        Driver::new(self, vm, dialer, control, state, unsettled, DigestKey([0; 32])).drive()
     }
 
     fn setup(&self, vm: &mut dyn SourceVm) -> Result<SourceSetup, Error> {
@@ -158,13 +159,19 @@ impl Source {
     }
 }
 
+/// What the threads of a control lane tell the driver.
+pub(super) enum ControlEvent {
+    Message(Message),
+    Broken(Error),
+    Sent,
+}
+
 /// What the threads tell the driver.
 pub(super) enum SourceEvent {
     Dialled(Result<LaneHalves, TransportError>, String),
     LanesDialled(Result<Vec<(LaneHalves, LaneName)>, TransportError>),
-    Message(Message),
-    ControlBroken(Error),
-    ControlSent,
+    /// From the control lane of this generation; of an older one it means nothing any more.
+    Control(u64, ControlEvent),
     DataLaneBroken(Error),
     LaneFlushed(Tally),
     Hashed(Result<Digest, MemoryError>),
@@ -177,7 +184,7 @@ struct Driver<'a> {
     lent: Lent,
     lanes: u16,
     session: SourceSession,
-    session_id: SessionId,
+    unsettled: Unsettled,
     memory: Arc<dyn GuestMemory>,
     hasher: PageHasher,
     table: Arc<HashTable>,
@@ -189,6 +196,8 @@ struct Driver<'a> {
     batches: (Sender<Batch>, Receiver<Batch>),
     orders: Vec<Sender<EndRound>>,
     messages: Option<Sender<Message>>,
+    /// Counts control lanes, so that late words of an older one are not taken for the present one's.
+    generation: u64,
     closers: Vec<Arc<dyn LaneCloser>>,
     threads: Vec<Box<dyn Joiner>>,
     planner: Option<Planner>,
@@ -214,7 +223,7 @@ impl<'a> Driver<'a> {
         dialer: Arc<dyn Dialer>,
         control: &'a Control,
         session: SourceSession,
-        session_id: SessionId,
+        unsettled: Unsettled,
         digest_key: DigestKey,
     ) -> Self {
         let memory = vm.memory();
@@ -227,7 +236,7 @@ impl<'a> Driver<'a> {
             lent: source.lent.clone(),
             lanes: source.config.lanes,
             session,
-            session_id,
+            unsettled,
             hasher: PageHasher::new(&digest_key),
             table: Arc::new(HashTable::new(layout.page_space())),
             dirty: Accumulator::new(layout),
@@ -235,10 +244,11 @@ impl<'a> Driver<'a> {
             pacer: Arc::new(Pacer::new(source.config.bandwidth)),
             counters: Arc::default(),
             started: Instant::now(),
-            events: unbounded(),
+            events: bounded(EVENT_QUEUE),
             batches: bounded(workers * PLANNED_BATCHES_PER_WORKER),
             orders: Vec::new(),
             messages: None,
+            generation: 0,
             closers: Vec::new(),
             threads: Vec::new(),
             planner: None,
@@ -261,8 +271,10 @@ impl<'a> Driver<'a> {
             }
             self.hear_control();
             self.plan();
-            self.wait();
-            self.tell(SourceInput::Tick);
+            if !self.session.has_actions() {
+                self.wait();
+                self.tell(SourceInput::Tick);
+            }
             self.report_progress();
         }
     }
@@ -313,9 +325,10 @@ impl<'a> Driver<'a> {
                 self.tell(SourceInput::LinkLost(error.into()));
             }
             SourceEvent::LanesDialled(Ok(lanes)) => self.open_lanes(lanes),
-            SourceEvent::Message(message) => self.tell(SourceInput::Message(message)),
-            SourceEvent::ControlBroken(error) => self.tell(SourceInput::LinkLost(error)),
-            SourceEvent::ControlSent => {}
+            SourceEvent::Control(generation, _) if generation != self.generation => {}
+            SourceEvent::Control(_, ControlEvent::Message(message)) => self.tell(SourceInput::Message(message)),
+            SourceEvent::Control(_, ControlEvent::Broken(error)) => self.tell(SourceInput::LinkLost(error)),
+            SourceEvent::Control(_, ControlEvent::Sent) => {}
             // What is wrong with our own memory is no lane's fault.
             SourceEvent::DataLaneBroken(error @ Error::Memory(_)) => self.tell(SourceInput::Failed(error)),
             SourceEvent::DataLaneBroken(error) => self.tell(SourceInput::DataLaneLost(error)),
@@ -503,6 +516,8 @@ impl<'a> Driver<'a> {
         let name = LaneName { role: LaneRole::Control, peer: peer.clone() };
         let (messages, inbox) = unbounded();
         self.messages = Some(messages);
+        self.generation += 1;
+        let generation = self.generation;
         self.closers.push(halves.closer);
         let sender = self.numbered(halves.sender, &name, 0);
         let receiver =
@@ -511,19 +526,19 @@ impl<'a> Driver<'a> {
         let events = self.events.0.clone();
         let send = move || {
             let event = match run_control_lane(sender, &inbox, duty) {
-                Ok(()) => SourceEvent::ControlSent,
-                Err(error) => SourceEvent::ControlBroken(error),
+                Ok(()) => ControlEvent::Sent,
+                Err(error) => ControlEvent::Broken(error),
             };
-            let _ = events.send(event);
+            let _ = events.send(SourceEvent::Control(generation, event));
         };
         let events = self.events.0.clone();
-        let receive = move || receive_messages(receiver, &events);
+        let receive = move || receive_messages(receiver, generation, &events);
         let spawned = self.spawn(ThreadRole::Control, send).and_then(|()| self.spawn(ThreadRole::Control, receive));
         self.tell(spawned.map_or_else(SourceInput::Failed, |()| SourceInput::Dialled { peer }));
     }
 
     fn dial_lanes(&mut self, count: u16) {
-        let (dialer, events, session) = (Arc::clone(&self.dialer), self.events.0.clone(), self.session_id);
+        let (dialer, events, session) = (Arc::clone(&self.dialer), self.events.0.clone(), self.unsettled.session);
         let work = move || {
             let lanes = (0..count).map(|index| dial_data_lane(&*dialer, index, session)).collect();
             let _ = events.send(SourceEvent::LanesDialled(lanes));
@@ -593,16 +608,17 @@ impl<'a> Driver<'a> {
         let (outcome, mut report) = self.session.into_parts();
         report.total = total;
         report.wire_bytes = Counters::read(&self.counters.wire_bytes);
-        let session = self.session_id;
+        report.session = Some(self.unsettled.session);
+        let unsettled = self.unsettled;
         let boxed = |report| Box::new(report);
         match outcome {
             Some(Outcome::HandedOver) => Ok(report),
             Some(Outcome::SourceOwns(error)) => Err(Failed::SourceStillOwns { error, report: boxed(report) }),
             Some(Outcome::DestinationOwns(error)) => Err(Failed::DestinationOwns { error, report: boxed(report) }),
-            Some(Outcome::Undecided(error)) => Err(Failed::Undecided { session, error, report: boxed(report) }),
+            Some(Outcome::Undecided(error)) => Err(Failed::Undecided { unsettled, error, report: boxed(report) }),
             None => {
                 let error = Error::Bug("the source session ended without an outcome".to_owned());
-                Err(Failed::Undecided { session, error, report: boxed(report) })
+                Err(Failed::Undecided { unsettled, error, report: boxed(report) })
             }
         }
     }
@@ -614,7 +630,8 @@ impl<'a> Driver<'a> {
         if self.messages.take().is_some() {
             let deadline = Instant::now() + FAREWELL;
             while let Ok(event) = self.events.1.recv_deadline(deadline) {
-                if matches!(event, SourceEvent::ControlSent | SourceEvent::ControlBroken(_)) {
+                let ended = matches!(event, SourceEvent::Control(generation, ControlEvent::Sent | ControlEvent::Broken(_)) if generation == self.generation);
+                if ended {
                     break;
                 }
             }
@@ -622,6 +639,8 @@ impl<'a> Driver<'a> {
         for closer in &self.closers {
             closer.close();
         }
+        // A thread that waits to be heard must not wait for ever.
+        self.events = bounded(0);
         for thread in self.threads.drain(..) {
             thread.join();
         }
@@ -652,17 +671,17 @@ fn dial_data_lane(
     Ok((halves, LaneName { role, peer }))
 }
 
-fn receive_messages(mut lane: NumberedReceiver, events: &Sender<SourceEvent>) {
+fn receive_messages(mut lane: NumberedReceiver, generation: u64, events: &Sender<SourceEvent>) {
     let mut frame = FrameBuffer::new();
     loop {
         let message =
             lane.receive(&mut frame).and_then(|()| Message::decode(&frame).map_err(|source| lane.name.invalid(source)));
         let event = match message {
-            Ok(message) => SourceEvent::Message(message),
-            Err(error) => SourceEvent::ControlBroken(error),
+            Ok(message) => ControlEvent::Message(message),
+            Err(error) => ControlEvent::Broken(error),
         };
-        let last = matches!(event, SourceEvent::ControlBroken(_));
-        if events.send(event).is_err() || last {
+        let last = matches!(event, ControlEvent::Broken(_));
+        if events.send(SourceEvent::Control(generation, event)).is_err() || last {
             return;
         }
     }

@@ -11,7 +11,7 @@ use super::Outcome;
 use crate::config::{DestinationConfig, Verify};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::limits::{MAX_STATE, REASON_GRACE};
+use crate::limits::{GREETING_TIMEOUT, MAX_STATE, REASON_GRACE};
 use crate::stats::{Event, Report};
 use crate::wire::{
     Finish, Greeting, GreetingRole, Message, Offer, Owner, PROTOCOL_MAX, PROTOCOL_MIN, Prepared, Refusal, SessionId,
@@ -159,6 +159,8 @@ pub struct DestinationSession {
     /// A data lane's end, and until when the control lane may still tell the reason.
     lane_loss: Option<(Error, Duration)>,
     lost_at: Duration,
+    /// When the source must have taken its next step in opening the migration.
+    opening_deadline: Option<Duration>,
     digest: Digest,
     rounds_complete: u32,
     finish: Option<Finish>,
@@ -187,6 +189,7 @@ impl DestinationSession {
             link_error: None,
             lane_loss: None,
             lost_at: Duration::ZERO,
+            opening_deadline: None,
             digest: Digest::default(),
             rounds_complete: 0,
             finish: None,
@@ -196,6 +199,14 @@ impl DestinationSession {
         }
     }
 
+    /// A session that only tells a source that is still undecided that its guest runs here.
+    pub fn confirm(setup: DestinationSetup, session: SessionId) -> Self {
+        let mut destination = Self::new(setup);
+        destination.session = Some(session);
+        destination.phase = Phase::AwaitDone;
+        destination
+    }
+
     /// A session that only stands ready to be asked about an earlier, undecided migration.
     pub fn settle(setup: DestinationSetup, session: SessionId, error: Error) -> Self {
         let mut destination = Self::new(setup);
@@ -203,6 +214,11 @@ impl DestinationSession {
         destination.phase = Phase::Ready;
         destination.link_error = Some(error);
         destination
+    }
+
+    /// Whether `poll_action` has something to return: do not wait then.
+    pub fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
     }
 
     /// The next thing to do.
@@ -218,7 +234,8 @@ impl DestinationSession {
             _ if self.link_up => {
                 let silence = self.last_heard.saturating_add(self.setup.config.peer_timeout);
                 let lane_loss = self.lane_loss.as_ref().filter(|_| self.phase == Phase::Receiving);
-                Some(lane_loss.map_or(silence, |(_, deadline)| silence.min(*deadline)))
+                let lane_loss = lane_loss.map_or(silence, |(_, deadline)| silence.min(*deadline));
+                Some(self.opening_deadline.map_or(lane_loss, |deadline| lane_loss.min(deadline)))
             }
             _ => Some(self.lost_at.saturating_add(self.setup.config.settle_window)),
         }
@@ -286,12 +303,14 @@ impl DestinationSession {
                 self.link_up = true;
                 self.last_heard = now;
                 self.phase = Phase::AwaitOffer;
+                self.opening_deadline = Some(now + GREETING_TIMEOUT);
                 self.act(DestinationAction::Adopt(lane, greeting.role));
                 self.act(DestinationAction::Send(Message::Welcome { version }));
             }
             GreetingRole::Control => self.act(DestinationAction::Answer(lane, Message::Refuse(Refusal::Busy))),
             GreetingRole::Data(index) if known && self.takes_lane(index) => {
                 self.last_heard = now;
+                self.expect_lanes(now);
                 self.act(DestinationAction::Adopt(lane, greeting.role));
             }
             GreetingRole::Settle if known => self.on_settle(now, lane),
@@ -310,6 +329,12 @@ impl DestinationSession {
         }
     }
 
+    /// Every lane must come soon after the one before.
+    fn expect_lanes(&mut self, now: Duration) {
+        let missing = self.lanes_seen.iter().any(|seen| !seen);
+        self.opening_deadline = missing.then(|| now.saturating_add(self.setup.config.peer_timeout));
+    }
+
     /// The source asks who owns the guest. Its answer must stay true for ever.
     fn on_settle(&mut self, now: Duration, lane: LaneKey) {
         match self.phase {
@@ -319,10 +344,9 @@ impl DestinationSession {
                 self.act(DestinationAction::Adopt(lane, GreetingRole::Settle));
                 self.act(DestinationAction::Send(Message::Settled(Owner::Destination)));
             }
-            Phase::Ended if !self.gave_up => {
+            Phase::Ended if matches!(self.outcome, Some(Outcome::HandedOver | Outcome::DestinationOwns(_))) => {
                 self.act(DestinationAction::Answer(lane, Message::Settled(Owner::Destination)));
             }
-            Phase::Ended => self.act(DestinationAction::Answer(lane, Message::Settled(Owner::Source))),
             _ => {
                 let error = self.link_error.take().unwrap_or_else(|| Error::PeerAborted {
                     peer: self.peer.clone(),
@@ -378,6 +402,7 @@ impl DestinationSession {
         self.lanes_seen = vec![false; offer.data_lanes.into()];
         self.report.pages_total = offer.layout.page_count();
         self.phase = Phase::MakingRoom;
+        self.opening_deadline = None;
         self.act(DestinationAction::MakeRoom(offer));
     }
 
@@ -428,6 +453,7 @@ impl DestinationSession {
             (Phase::MakingRoom, DestinationInput::RoomMade) => {
                 self.last_heard = now;
                 self.phase = Phase::Receiving;
+                self.expect_lanes(now);
                 self.act(DestinationAction::Send(Message::Accept));
                 let (peer, pages_total) = (self.peer.clone(), self.report.pages_total);
                 self.act(DestinationAction::Notify(Event::Accepted { peer, pages_total }));
@@ -438,6 +464,7 @@ impl DestinationSession {
                 self.give_up(Error::Refused { peer, reason });
             }
             (Phase::Receiving, DestinationInput::RoundComplete { round, digest }) => {
+                self.last_heard = now;
                 self.rounds_complete = round.saturating_add(1);
                 self.digest = digest;
                 self.act(DestinationAction::Send(Message::RoundAck { round }));
@@ -468,8 +495,9 @@ impl DestinationSession {
 
     fn on_failure(&mut self, error: Error) {
         match self.phase {
-            Phase::Starting => {
-                // No vCPU has run (the contract of `commit`), so the guest can go back for good.
+            Phase::Ready | Phase::Starting => {
+                // No vCPU has run (the contract of `commit`), so the guest can go back for good; the
+                // source may have sent Commit, so only this answer tells it.
                 self.give_up(error);
                 self.act(DestinationAction::Send(Message::Settled(Owner::Source)));
             }
@@ -508,6 +536,7 @@ impl DestinationSession {
 
     /// A source that left before it offered anything: the next one is welcome.
     fn forget_source(&mut self) {
+        self.opening_deadline = None;
         self.act(DestinationAction::CloseLanes);
         self.session = None;
         self.link_up = false;
@@ -542,6 +571,12 @@ impl DestinationSession {
         let silence = now.saturating_sub(self.last_heard);
         match self.phase {
             Phase::Waiting => self.end(Outcome::SourceOwns(Error::NoSource(now))),
+            Phase::AwaitOffer => self.forget_source(),
+            Phase::Receiving if self.opening_deadline.is_some_and(|deadline| now >= deadline) => {
+                self.opening_deadline = None;
+                let peer = self.peer.clone();
+                self.refuse_on(Error::PeerSilent { peer, what: "opened all its lanes", silence });
+            }
             Phase::Receiving if self.lane_loss.as_ref().is_some_and(|(_, deadline)| now >= *deadline) => {
                 if let Some((error, _)) = self.lane_loss.take() {
                     self.refuse_on(error);

@@ -10,14 +10,19 @@ use crate::wire::Prepared;
 /// A round carries enough to say something about the link if it moves at least this much.
 const TELLING_BYTES: u64 = 1 << 20;
 
+/// Wire bytes per second assumed until a round has moved enough to tell: 100 Mbps. What is too
+/// little to tell is sent in little time on any link worth migrating over.
+const UNKNOWN_RATE: f64 = 12.5e6;
+
 /// Parts of the downtime that no round shows: pausing, saving, two messages each way.
 const HANDOVER_OVERHEAD: Duration = Duration::from_millis(5);
 
 /// The link and the guest, as far as the rounds have shown them.
 #[derive(Debug, Default)]
 pub(super) struct Forecast {
-    /// Wire bytes per second of the last telling round.
+    /// Wire bytes per second of the last telling round, or of the fastest if none was.
     wire_rate: f64,
+    told: bool,
     /// Wire bytes per page with content.
     bytes_per_page: f64,
 }
@@ -26,9 +31,12 @@ impl Forecast {
     /// Learns from a round.
     pub(super) fn learn(&mut self, tally: &Tally, duration: Duration) {
         let rate = tally.wire_bytes as f64 / duration.as_secs_f64().max(1e-6);
-        if tally.wire_bytes >= TELLING_BYTES || rate > self.wire_rate {
+        let telling = tally.wire_bytes >= TELLING_BYTES;
+        // A small round is mostly latency: its rate is a lower bound.
+        if telling || rate > self.wire_rate {
             self.wire_rate = rate;
         }
+        self.told |= telling;
         let with_content = tally.pages - tally.zero_pages;
         if with_content > 0 {
             self.bytes_per_page = tally.wire_bytes as f64 / with_content as f64;
@@ -43,10 +51,8 @@ impl Forecast {
     }
 
     fn time_for(&self, bytes: f64) -> Duration {
-        if self.wire_rate <= 0.0 {
-            return if bytes > 0.0 { Duration::from_secs(3600) } else { Duration::ZERO };
-        }
-        Duration::from_secs_f64((bytes / self.wire_rate).min(1e9))
+        let rate = if self.told { self.wire_rate.max(1.0) } else { self.wire_rate.max(UNKNOWN_RATE) };
+        Duration::from_secs_f64((bytes / rate).min(1e9))
     }
 }
 
@@ -99,20 +105,20 @@ impl Standstill {
     pub(super) fn parts(&self, prepared: &Prepared, running: Duration, resume_us: u64) -> Downtime {
         let until_prepared = self.prepared.saturating_sub(self.paused);
         let harvest = self.harvest.min(until_prepared);
-        let left = until_prepared.checked_sub(harvest).unwrap();
+        let left = until_prepared.saturating_sub(harvest);
         let state = (self.save + Duration::from_micros(prepared.load_us)).min(left);
-        let left = left.checked_sub(state).unwrap();
+        let left = left.saturating_sub(state);
         let digest = Duration::from_micros(prepared.verify_us).min(left);
         let until_running = running.saturating_sub(self.committed);
         let resume = Duration::from_micros(resume_us).min(until_running);
         Downtime {
             pause: self.paused.saturating_sub(self.ordered),
             harvest,
-            pages: left.checked_sub(digest).unwrap(),
+            pages: left.saturating_sub(digest),
             state,
             // Between Prepared and Commit the source compares digests and releases its locks.
             digest: digest + self.committed.saturating_sub(self.prepared),
-            commit: until_running.checked_sub(resume).unwrap(),
+            commit: until_running.saturating_sub(resume),
             resume,
         }
     }
@@ -138,6 +144,15 @@ mod tests {
             let prepared = Prepared { verify_us, load_us, ..Prepared::default() };
             assert_eq!(standstill.parts(&prepared, ms(125), resume_us).total(), ms(25));
         }
+    }
+
+    #[test]
+    fn a_guest_too_small_to_measure_the_link_by_is_not_predicted_to_take_for_ever() {
+        let mut forecast = Forecast::default();
+        assert!(forecast.downtime(0, 64 << 10) < Duration::from_millis(20));
+        forecast
+            .learn(&Tally { pages: 10, zero_pages: 10, wire_bytes: 80, ..Tally::default() }, Duration::from_secs(1));
+        assert!(forecast.downtime(3, 64 << 10) < Duration::from_millis(20));
     }
 
     #[test]

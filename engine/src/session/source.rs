@@ -251,6 +251,11 @@ impl SourceSession {
         session
     }
 
+    /// Whether `poll_action` has something to return: do not wait then.
+    pub fn has_actions(&self) -> bool {
+        !self.actions.is_empty()
+    }
+
     /// The next thing to do.
     pub fn poll_action(&mut self) -> Option<SourceAction> {
         let action = self.actions.pop_front()?;
@@ -325,9 +330,12 @@ impl SourceSession {
     // ---- what the driver has done ----
 
     fn on_done(&mut self, now: Duration, input: SourceInput) {
+        if !matches!(input, SourceInput::RoundQueued | SourceInput::RoundFlushed(_)) {
+            // While the VM was busy on this thread nobody could be heard.
+            self.heard(now);
+        }
         match (self.state, input) {
             (State::Dialling, SourceInput::Dialled { peer }) => {
-                self.heard(now);
                 self.peer = peer;
                 self.greet(GreetingRole::Control);
                 self.state = State::AwaitWelcome;
@@ -337,7 +345,6 @@ impl SourceSession {
                 self.settle_retry_at = now + SETTLE_RETRY * 4;
             }
             (State::OpeningLanes, SourceInput::LanesOpen) => {
-                self.heard(now);
                 self.act(SourceAction::StartTracking);
                 self.state = State::StartingTracking;
             }
@@ -363,7 +370,6 @@ impl SourceSession {
                 self.drain(now);
             }
             (State::AwaitPrepared, SourceInput::FullDigest(digest)) => {
-                self.heard(now);
                 self.full_digest = Some(digest);
                 self.compare(now);
             }
@@ -577,6 +583,10 @@ impl SourceSession {
             }
             // Not before Commit: afterwards only Settled and Running decide.
             (State::AwaitRunning | State::Settling, _) => {}
+            (_, Message::Settled(Owner::Source)) => {
+                let (peer, reason) = (self.peer.clone(), "it gave the guest back".to_owned());
+                self.fail(now, Error::PeerAborted { peer, reason });
+            }
             (_, Message::Abort { reason }) => {
                 let peer = self.peer.clone();
                 self.fail(now, Error::PeerAborted { peer, reason });
@@ -696,7 +706,7 @@ impl SourceSession {
 
     /// The guest is this side's: everything goes back to how it was.
     fn keep_guest(&mut self, error: Error) {
-        if self.tracking {
+        if self.tracking || self.pause_ordered {
             self.act(SourceAction::Step(Step::Aborted));
         }
         if self.pause_ordered && self.setup.run {
@@ -771,6 +781,9 @@ impl SourceSession {
     fn check_settling(&mut self, now: Duration) {
         if now >= self.settle_since + self.setup.config.settle_window {
             let error = self.settle_error.take().unwrap_or_else(|| self.silent("answered", Duration::ZERO));
+            if self.throttle > 0 {
+                self.act(SourceAction::Throttle(0));
+            }
             self.stop_tracking();
             self.end(Outcome::Undecided(error));
         } else if now >= self.settle_retry_at {

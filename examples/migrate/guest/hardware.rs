@@ -1,6 +1,6 @@
 //! What only assembly can do, and the functions that compiled code takes for granted.
 
-use core::arch::x86_64::{__cpuid, _rdtsc};
+use core::arch::x86_64::{__cpuid, _rdtsc, CpuidResult};
 use core::arch::{asm, global_asm};
 use core::ptr;
 use core::sync::atomic::{AtomicU32, Ordering};
@@ -31,13 +31,19 @@ pub(crate) fn tsc() -> u64 {
 
 /// The frequency of the time stamp counter as CPUID tells it, if it does.
 pub(crate) fn tsc_khz() -> Option<u64> {
-    let hypervisor = __cpuid(0x4000_0000);
+    let hypervisor = cpuid(0x4000_0000);
     if (0x4000_0010..0x4001_0000).contains(&hypervisor.eax) {
-        return Some(u64::from(__cpuid(0x4000_0010).eax)).filter(|&khz| khz > 0);
+        return Some(u64::from(cpuid(0x4000_0010).eax)).filter(|&khz| khz > 0);
     }
-    let crystal = (__cpuid(0).eax >= 0x15).then(|| __cpuid(0x15))?;
+    let crystal = (cpuid(0).eax >= 0x15).then(|| cpuid(0x15))?;
     let hertz = u64::from(crystal.ecx) * u64::from(crystal.ebx) / u64::from(crystal.eax.max(1));
     Some(hertz / 1000).filter(|&khz| khz > 0)
+}
+
+#[allow(unused_unsafe)] // newer versions of Rust call it safe
+fn cpuid(leaf: u32) -> CpuidResult {
+    // SAFETY: every x86-64 CPU has the instruction.
+    unsafe { __cpuid(leaf) }
 }
 
 /// Prints one byte on the serial port, which always takes it in a virtual machine.

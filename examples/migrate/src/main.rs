@@ -7,7 +7,6 @@
 
 mod cli;
 mod guest;
-#[allow(dead_code, unused_imports)]
 mod machine;
 mod payload;
 mod process_guest;

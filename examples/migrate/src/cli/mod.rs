@@ -81,6 +81,10 @@ pub(crate) struct DemoOptions {
     /// Most memory the destination gives a guest; without it, what the host has available
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Guest")]
     pub(crate) max_memory: Option<u64>,
+    /// Touch all memory at the destination before the first page comes, so that a measurement does not
+    /// contain the host's page faults
+    #[arg(long, help_heading = "Guest")]
+    pub(crate) prefault: bool,
 }
 
 /// `migrate receive`.
@@ -98,6 +102,10 @@ pub(crate) struct ReceiveOptions {
     /// What stands behind the guest's memory here
     #[arg(long, value_name = "KIND", value_enum, default_value_t, help_heading = "Guest")]
     pub(crate) backing: Backing,
+    /// Touch all memory at the destination before the first page comes, so that a measurement does not
+    /// contain the host's page faults
+    #[arg(long, help_heading = "Guest")]
+    pub(crate) prefault: bool,
     /// Give up when no guest has come for this long
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Limits")]
     pub(crate) wait: Option<Duration>,

@@ -3,7 +3,7 @@
 
 use std::io::{self, Read};
 
-use pageferry::memory::{Backing, GuestMemory};
+use pageferry::memory::Backing;
 use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
 
@@ -67,13 +67,13 @@ impl From<GuestBacking> for Backing {
 }
 
 impl Description {
-    pub(super) fn of(pc: &Pc) -> Result<Self, MachineError> {
+    pub(super) fn of(pc: &Pc) -> Self {
         let memory = pc.machine.memory();
-        Ok(Self {
+        Self {
             ram_bytes: memory.layout().regions().iter().map(|region| region.len).sum(),
             kind: pc.kind,
             machine: pc.machine.config().to_bytes(),
-        })
+        }
     }
 
     pub(super) fn write(&self, out: &mut dyn io::Write) -> io::Result<()> {

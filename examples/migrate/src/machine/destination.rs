@@ -5,14 +5,13 @@ use std::sync::Arc;
 
 use pageferry::memory::{GuestMemory, Layout};
 use pageferry::vm::{DestinationVm, VmResult};
-use pageferry_kvm::{DirtyLogMode, Host, MachineConfig};
+use pageferry_kvm::{Host, MachineConfig};
 
 use super::boot::{BootError, MAX_VCPUS};
 use super::description::{Description, GuestBacking, State};
 use super::error::MachineError;
 use super::handle::GuestHandle;
 use super::pc::{ConsoleEnds, Kind, Pc, map_memory};
-use super::source::LiveGuest;
 use super::{ram, room};
 
 /// What the operator of a destination decides.
@@ -26,8 +25,6 @@ pub(crate) struct ArrivalConfig {
     pub(crate) prefault: bool,
     /// Where the guest's console leads from here on.
     pub(crate) console: ConsoleEnds,
-    /// How writes are tracked, should the guest migrate on.
-    pub(crate) dirty_log: DirtyLogMode,
 }
 
 /// A place for one guest.
@@ -49,9 +46,9 @@ impl ArrivingGuest {
     }
 
     /// The guest that has arrived, ready to be migrated on; `None` when none has.
-    pub(crate) fn into_live(self) -> Option<LiveGuest> {
-        let mode = self.config.dirty_log;
-        self.pc.map(|pc| LiveGuest::new(pc, mode))
+    #[cfg(test)]
+    pub(super) fn into_live(self) -> Option<super::LiveGuest> {
+        self.pc.map(|pc| super::LiveGuest::new(pc, pageferry_kvm::DirtyLogMode::Best))
     }
 
     fn make_room(&mut self, description: &Description, layout: &Layout) -> Result<Pc, MachineError> {
@@ -66,11 +63,7 @@ impl ArrivingGuest {
         }
         let backing = self.config.backing.unwrap_or(description.kind.backing);
         room::check(description.ram_bytes, backing.into(), self.config.max_memory)?;
-        let memory = map_memory(expected, backing)?;
-        if self.config.prefault {
-            let bytes = description.ram_bytes;
-            memory.prefault().map_err(|source| MachineError::Map { bytes, backing: backing.name(), source })?;
-        }
+        let memory = map_memory(expected, backing, self.config.prefault)?;
         let kind = Kind { backing, ..description.kind };
         Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))
     }

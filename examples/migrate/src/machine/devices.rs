@@ -108,7 +108,7 @@ impl std::fmt::Debug for Devices {
 impl ExitHandler for Devices {
     fn pio_out(&self, _vcpu: u32, port: u16, data: &[u8]) -> Reaction {
         match port {
-            ports::BEAT => self.watch.beat(number(data)),
+            ports::BEAT => self.watch.beat(),
             ports::REST => return Reaction::Rest(Duration::from_micros(number(data).into()).min(REST_MAX)),
             ports::KEYBOARD if data[0] == ports::KEYBOARD_RESET => return Reaction::End,
             _ if ports::SERIAL.contains(&port) => self.serial_out(port, data),

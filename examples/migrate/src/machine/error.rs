@@ -36,7 +36,7 @@ pub(crate) enum MachineError {
     /// The console's input thread did not start.
     #[error("cannot read the console's input: {0}")]
     Input(io::Error),
-    /// The destination has no room.
+    /// The host has no room, or its operator allows less.
     #[error(transparent)]
     NoRoom(#[from] NoRoom),
     /// Another version of this program, or not this program.

@@ -7,15 +7,13 @@ use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError};
-use pageferry::memory::GuestMemory;
 use pageferry::vm::VmResult;
-use pageferry_kvm::Machine;
 
 use super::destination::ArrivingGuest;
 use super::devices::Devices;
 use super::error::MachineError;
 use super::source::LiveGuest;
-use super::watch::{Beats, GuestLine, Watch};
+use super::watch::Watch;
 use crate::guest::{Guest, SelfCheck};
 use crate::workload::line::Line;
 use crate::workload::ports::Command;
@@ -29,26 +27,20 @@ const PATIENCE_PER_MIB: Duration = Duration::from_millis(100);
 /// Shows a guest, and passes it commands. Clones show the same one; they do not keep it alive.
 #[derive(Clone, Debug)]
 pub(crate) struct GuestHandle {
-    machine: Weak<Machine>,
     devices: Weak<Devices>,
     watch: Arc<Watch>,
     payload: bool,
+    pages: u64,
 }
 
 impl GuestHandle {
-    pub(super) fn new(machine: &Arc<Machine>, devices: &Arc<Devices>, payload: bool) -> Self {
-        let watch = Arc::clone(&devices.watch);
-        Self { machine: Arc::downgrade(machine), devices: Arc::downgrade(devices), watch, payload }
+    pub(super) fn new(devices: &Arc<Devices>, payload: bool, pages: u64) -> Self {
+        Self { devices: Arc::downgrade(devices), watch: Arc::clone(&devices.watch), payload, pages }
     }
 
     /// Every line that the guest prints from now on, until it ends.
-    pub(crate) fn lines(&self) -> Receiver<GuestLine> {
+    pub(crate) fn lines(&self) -> Receiver<String> {
         self.watch.listen()
-    }
-
-    /// The payload's heartbeats on this side.
-    pub(crate) fn beats(&self) -> Beats {
-        self.watch.beats()
     }
 
     /// Leaves a command for the payload, which looks for one every few milliseconds while it runs.
@@ -56,11 +48,6 @@ impl GuestHandle {
         if let Some(devices) = self.devices.upgrade() {
             devices.command(command as u32);
         }
-    }
-
-    /// Whether the guest runs here now.
-    pub(crate) fn is_running(&self) -> bool {
-        self.machine.upgrade().is_some_and(|machine| machine.is_running())
     }
 
     /// How the guest ended, if it did: a crash or a switch-off, not a migration.
@@ -78,7 +65,7 @@ impl GuestHandle {
     }
 
     fn heartbeats(&self) -> Option<u64> {
-        self.payload.then(|| self.beats().count)
+        self.payload.then(|| self.watch.beats())
     }
 
     fn reset_stall(&self) {
@@ -88,26 +75,26 @@ impl GuestHandle {
     }
 
     fn longest_stall(&self) -> Result<Option<Duration>, MachineError> {
+        if !self.payload {
+            return Ok(None);
+        }
         let stall = |line: Line<'_>| match line {
             Line::Stall { longest_us } => Some(Duration::from_micros(longest_us)),
             _ => None,
         };
-        match self.payload {
-            true => self.ask(Command::ReportStall, "told its longest stall", PATIENCE, stall).map(Some),
-            false => Ok(None),
-        }
+        self.ask(Command::ReportStall, "told its longest stall", PATIENCE, stall).map(Some)
     }
 
     fn self_check(&self) -> Result<SelfCheck, MachineError> {
+        if !self.payload {
+            return Ok(SelfCheck::Unable);
+        }
         let result = |line: Line<'_>| match line {
             Line::CheckOk { .. } => Some(SelfCheck::Ok),
             Line::CheckFailed(wrong) => Some(SelfCheck::Wrong(wrong.to_string())),
             _ => None,
         };
-        match self.payload {
-            true => self.ask(Command::Check, "finished checking its memory", self.patience_with_memory(), result),
-            false => Ok(SelfCheck::Unable),
-        }
+        self.ask(Command::Check, "finished checking its memory", self.patience_with_memory(), result)
     }
 
     fn ask<T>(
@@ -124,35 +111,33 @@ impl GuestHandle {
 
     fn wait_for<T>(
         &self,
-        lines: &Receiver<GuestLine>,
+        lines: &Receiver<String>,
         what: &'static str,
         patience: Duration,
         answer: impl Fn(Line<'_>) -> Option<T>,
     ) -> Result<T, MachineError> {
         let deadline = Instant::now() + patience;
         loop {
-            let text = match lines.recv_deadline(deadline) {
-                Ok(line) => line.text,
-                Err(RecvTimeoutError::Timeout) => return Err(MachineError::Silent { what, patience }),
-                Err(RecvTimeoutError::Disconnected) => {
-                    return Err(MachineError::Ended(self.ended().unwrap_or_default()));
-                }
-            };
-            match Line::parse(&text) {
-                Some(Line::Panic(why)) => return Err(MachineError::Panicked(why.to_owned())),
-                Some(line) => {
-                    if let Some(answer) = answer(line) {
-                        return Ok(answer);
-                    }
-                }
-                None => {}
+            let text = lines.recv_deadline(deadline).map_err(|error| self.why_no_line(error, what, patience))?;
+            let Some(line) = Line::parse(&text) else { continue };
+            if let Line::Panic(why) = line {
+                return Err(MachineError::Panicked(why.to_owned()));
+            }
+            if let Some(answer) = answer(line) {
+                return Ok(answer);
             }
         }
     }
 
+    fn why_no_line(&self, error: RecvTimeoutError, what: &'static str, patience: Duration) -> MachineError {
+        match error {
+            RecvTimeoutError::Timeout => MachineError::Silent { what, patience },
+            RecvTimeoutError::Disconnected => MachineError::Ended(self.ended().unwrap_or_default()),
+        }
+    }
+
     fn patience_with_memory(&self) -> Duration {
-        let regions = self.machine.upgrade().map(|machine| machine.memory().layout().page_count());
-        PATIENCE + PATIENCE_PER_MIB * (regions.unwrap_or(0) / 256) as u32
+        PATIENCE + PATIENCE_PER_MIB * (self.pages / 256) as u32
     }
 }
 

@@ -15,6 +15,7 @@ use super::devices::Devices;
 use super::error::MachineError;
 use super::handle::GuestHandle;
 use super::input::Input;
+use super::room;
 
 /// The interrupt line of COM1.
 const SERIAL_LINE: u32 = 4;
@@ -47,7 +48,7 @@ pub(super) struct Kind {
 pub(super) struct Pc {
     // Fields are dropped in this order: nobody may type into a machine that is gone.
     input: Option<Input>,
-    pub(super) machine: Arc<Machine>,
+    pub(super) machine: Machine,
     pub(super) devices: Arc<Devices>,
     pub(super) kind: Kind,
 }
@@ -66,11 +67,11 @@ impl Pc {
         let devices = Arc::new(Devices::new(interrupt, console.output));
         machine.start(Arc::clone(&devices) as _)?;
         let input = console.input.map(|file| Input::start(file.as_fd(), Arc::clone(&devices))).transpose()?;
-        Ok(Self { input, machine: Arc::new(machine), devices, kind })
+        Ok(Self { input, machine, devices, kind })
     }
 
     pub(super) fn handle(&self) -> GuestHandle {
-        GuestHandle::new(&self.machine, &self.devices, self.kind.payload)
+        GuestHandle::new(&self.devices, self.kind.payload, self.machine.memory().layout().page_count())
     }
 
     pub(super) fn resume(&self) -> Result<(), KvmError> {
@@ -95,9 +96,23 @@ impl Pc {
     }
 }
 
-/// Maps a guest's memory.
-pub(super) fn map_memory(layout: Layout, backing: GuestBacking) -> Result<Arc<MappedMemory>, MachineError> {
+/// Maps a guest's memory, and touches all of it when asked to.
+///
+/// Huge pages are always touched: the host promises none before, and ends a process that touches one it does not have.
+pub(super) fn map_memory(
+    layout: Layout,
+    backing: GuestBacking,
+    prefault: bool,
+) -> Result<Arc<MappedMemory>, MachineError> {
     let bytes = layout.regions().iter().map(|region| region.len).sum();
-    let memory = MappedMemory::new(layout, backing.into());
-    memory.map(Arc::new).map_err(|source| MachineError::Map { bytes, backing: backing.name(), source })
+    let failed = |source| MachineError::Map { bytes, backing: backing.name(), source };
+    let huge = backing == GuestBacking::HugePages2M;
+    if huge {
+        room::check(bytes, backing.into(), None)?;
+    }
+    let memory = MappedMemory::new(layout, backing.into()).map_err(failed)?;
+    if huge || prefault {
+        memory.prefault().map_err(failed)?;
+    }
+    Ok(Arc::new(memory))
 }

@@ -46,7 +46,7 @@ impl LiveGuest {
         let most = u32::from(MAX_VCPUS);
         let vcpus = u8::try_from(config.vcpus).ok().filter(|&count| (1..=MAX_VCPUS).contains(&count));
         let vcpus = vcpus.ok_or(BootError::VcpuCount { vcpus: config.vcpus, most })?;
-        let memory = map_memory(ram::layout(config.ram_bytes)?, config.backing)?;
+        let memory = map_memory(ram::layout(config.ram_bytes)?, config.backing, false)?;
         let machine = MachineConfig::new(&host, config.vcpus);
         let kind = Kind { backing: config.backing, payload: matches!(config.boots, Boots::Payload(_)) };
         let pc = Pc::new(&host, machine, memory, kind, config.console)?;
@@ -85,7 +85,7 @@ impl SourceVm for LiveGuest {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
-        Ok(Description::of(&self.pc)?.write(out)?)
+        Ok(Description::of(&self.pc).write(out)?)
     }
 
     fn is_running(&self) -> bool {

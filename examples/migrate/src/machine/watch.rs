@@ -1,30 +1,11 @@
 //! What the host sees of a guest: its lines, its heartbeats and its end.
 
 use std::sync::Mutex;
-use std::time::Instant;
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::devices::lock;
 use crate::workload::line::Line;
-
-/// A line that the guest has printed.
-#[derive(Clone, Debug)]
-pub(crate) struct GuestLine {
-    /// When its last byte came.
-    pub(crate) at: Instant,
-    /// Its text, without the line end.
-    pub(crate) text: String,
-}
-
-/// The payload's heartbeats on this side.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub(crate) struct Beats {
-    /// How many.
-    pub(crate) count: u64,
-    /// When the last one came, and the guest's own number for it.
-    pub(crate) last: Option<(Instant, u32)>,
-}
 
 /// Collects what the guest does; shared by the devices and everyone who listens.
 #[derive(Debug, Default)]
@@ -32,15 +13,15 @@ pub(super) struct Watch(Mutex<Seen>);
 
 #[derive(Debug, Default)]
 struct Seen {
-    listeners: Vec<Sender<GuestLine>>,
-    beats: Beats,
+    listeners: Vec<Sender<String>>,
+    beats: u64,
     ready: bool,
     end: Option<String>,
 }
 
 impl Watch {
     /// Every line from now on, until the guest ends. Drop the receiver to stop listening.
-    pub(super) fn listen(&self) -> Receiver<GuestLine> {
+    pub(super) fn listen(&self) -> Receiver<String> {
         let (sender, receiver) = unbounded();
         let mut seen = lock(&self.0);
         if seen.end.is_none() {
@@ -50,18 +31,17 @@ impl Watch {
     }
 
     pub(super) fn line(&self, text: &str) {
-        let line = GuestLine { at: Instant::now(), text: text.to_owned() };
         let mut seen = lock(&self.0);
         seen.ready |= matches!(Line::parse(text), Some(Line::Ready { .. }));
-        seen.listeners.retain(|listener| listener.send(line.clone()).is_ok());
+        seen.listeners.retain(|listener| listener.send(text.to_owned()).is_ok());
     }
 
-    pub(super) fn beat(&self, number: u32) {
-        let beats = &mut lock(&self.0).beats;
-        *beats = Beats { count: beats.count + 1, last: Some((Instant::now(), number)) };
+    pub(super) fn beat(&self) {
+        lock(&self.0).beats += 1;
     }
 
-    pub(super) fn beats(&self) -> Beats {
+    /// The payload's heartbeats on this side.
+    pub(super) fn beats(&self) -> u64 {
         lock(&self.0).beats
     }
 
@@ -98,7 +78,7 @@ mod tests {
         drop(dropped);
         watch.line("two");
         watch.ended("it was reset".to_owned());
-        let heard: Vec<String> = early.iter().map(|line| line.text).collect();
+        let heard: Vec<String> = early.iter().collect();
         assert_eq!(heard, ["one", "two"]);
         assert_eq!(watch.end().as_deref(), Some("it was reset"));
         assert!(watch.listen().recv().is_err(), "nobody waits for a guest that has ended");

@@ -18,6 +18,7 @@ use crate::workload::params::Params;
 #[derive(Debug)]
 pub(crate) struct ArrivingProcessGuest {
     backing: Backing,
+    prefault: bool,
     prepared: Option<(Ram, Params)>,
     /// The guest's threads: held from `load` to `commit`.
     vcpus: Option<Vcpus>,
@@ -25,9 +26,9 @@ pub(crate) struct ArrivingProcessGuest {
 }
 
 impl ArrivingProcessGuest {
-    /// A place whose memory will be backed like this.
-    pub(crate) fn new(backing: Backing) -> Self {
-        Self { backing, prepared: None, vcpus: None, running: false }
+    /// A place whose memory will be backed like this, and touched at once if `prefault`.
+    pub(crate) fn new(backing: Backing, prefault: bool) -> Self {
+        Self { backing, prefault, prepared: None, vcpus: None, running: false }
     }
 
     fn here(&self) -> Result<&Vcpus, ProcessGuestError> {
@@ -39,6 +40,9 @@ impl DestinationVm for ArrivingProcessGuest {
     fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
         let params = Description::read(config)?;
         let ram = Ram::map(layout.clone(), self.backing)?;
+        if self.prefault {
+            ram.prefault()?;
+        }
         let memory = ram.memory();
         self.prepared = Some((ram, params));
         Ok(memory)

@@ -41,6 +41,12 @@ impl Ram {
         Ok(Self(Arc::new(mapped.map_err(|source| ProcessGuestError::Map { bytes, source, hint })?)))
     }
 
+    /// Touches all of it.
+    pub(super) fn prefault(&self) -> Result<(), ProcessGuestError> {
+        let bytes = self.page_count() * PAGE_SIZE as u64;
+        self.0.prefault().map_err(|source| ProcessGuestError::Map { bytes, source, hint: "" })
+    }
+
     pub(super) fn memory(&self) -> Arc<dyn GuestMemory> {
         Arc::clone(&self.0) as Arc<dyn GuestMemory>
     }

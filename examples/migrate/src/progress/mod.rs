@@ -77,11 +77,10 @@ impl Screen {
         let inner = self.lock();
         match &inner.style {
             Style::Json => print_json(report),
-            Style::Bar(bar) => {
-                bar.finish_and_clear();
+            style => {
+                style.put_bar_away();
                 print_line(report::show(report).trim_end());
             }
-            Style::Plain => print_line(report::show(report).trim_end()),
         }
     }
 
@@ -118,6 +117,9 @@ impl Observer for Screen {
                 if let Some(text) = words(event) {
                     style.say(&text);
                 }
+                if matches!(event, Event::HandedOver | Event::Aborted) {
+                    style.put_bar_away();
+                }
             }
         }
     }
@@ -136,12 +138,18 @@ impl Inner {
         if due {
             self.last_plain = Some(progress.elapsed);
             let percent = percent_done(progress);
-            self.style.say(&format!("{percent:.0} % of {}", describe(progress, remaining)));
+            self.style.say(&format!("{percent:.0} % {}", describe(progress, remaining)));
         }
     }
 }
 
 impl Style {
+    fn put_bar_away(&self) {
+        if let Self::Bar(bar) = self {
+            bar.finish_and_clear();
+        }
+    }
+
     /// A line for people, on standard error.
     fn say(&self, text: &str) {
         match self {
@@ -151,18 +159,22 @@ impl Style {
     }
 }
 
+/// A bar that is not shown before there is progress to show.
 fn bar() -> ProgressBar {
-    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::stderr_with_hz(8));
-    if let Ok(style) = ProgressStyle::with_template("[{bar:28}] {percent:>3} % of {msg}") {
+    let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+    if let Ok(style) = ProgressStyle::with_template("[{bar:8}] {percent:>3} % {wide_msg}") {
         bar.set_style(style.progress_chars("=> "));
     }
     bar
 }
 
 fn draw(bar: &ProgressBar, progress: &Progress, remaining: Option<Duration>) {
+    bar.set_message(describe(progress, remaining));
     bar.set_length(progress.round_pages);
     bar.set_position(progress.round_pages.saturating_sub(progress.remaining_pages));
-    bar.set_message(describe(progress, remaining));
+    if bar.is_hidden() {
+        bar.set_draw_target(ProgressDrawTarget::stderr_with_hz(8));
+    }
 }
 
 fn percent_done(progress: &Progress) -> f64 {
@@ -175,7 +187,7 @@ fn describe(progress: &Progress, remaining: Option<Duration>) -> String {
     let dirty = progress.dirty_rate.map_or("unknown".to_owned(), show_rate);
     let eta = remaining.map_or("unknown".to_owned(), show_duration);
     let (round, rate) = (progress.round, show_rate(progress.wire_rate));
-    format!("round {round}, {left} left, sending {rate}, guest dirties {dirty}, time left {eta}")
+    format!("round {round}, ETA {eta}, {left} left, {rate}, dirty {dirty}")
 }
 
 /// An event in words, where it is worth a line.
@@ -236,13 +248,13 @@ mod tests {
             ..Progress::default()
         };
         let text = describe(&progress, Some(Duration::from_secs(4)));
-        assert_eq!(text, "round 3, 1 MiB left, sending 110 MiB/s, guest dirties 20 MiB/s, time left 4.0 s");
+        assert_eq!(text, "round 3, ETA 4.0 s, 1 MiB left, 110 MiB/s, dirty 20 MiB/s");
         assert!((percent_done(&progress) - 74.4).abs() < 0.01);
     }
 
     #[test]
     fn an_empty_round_is_done_and_an_unknown_time_is_said_to_be_unknown() {
         assert!((percent_done(&Progress::default()) - 100.0).abs() < 0.01);
-        assert!(describe(&Progress::default(), None).ends_with("time left unknown"));
+        assert!(describe(&Progress::default(), None).contains("ETA unknown"));
     }
 }

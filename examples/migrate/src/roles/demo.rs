@@ -26,6 +26,9 @@ const WIND_UP: Duration = Duration::from_secs(60);
 /// How long a destination may take to check a guest's memory, on top of the time it lets it run.
 const CHECK: Duration = Duration::from_secs(600);
 
+/// How often to look whether the operator wants the end.
+const LOOK_UP: Duration = Duration::from_millis(200);
+
 /// Runs the command.
 pub(super) fn demo(options: &DemoOptions) -> ExitStatus {
     let screen = Arc::new(Screen::choose(options.output.json));
@@ -37,7 +40,7 @@ pub(super) fn demo(options: &DemoOptions) -> ExitStatus {
 
 fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     let operator = Operator::listen(false)?;
-    let mut destination = Destination::start(options)?;
+    let destination = Destination::start(options)?;
     let address = destination.address()?;
     let mut guest = guests::start(&options.guest, screen, false)?;
     guest.wait_ready()?;
@@ -52,7 +55,7 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
         afterwards::question(&mut guest, &operator, linger, &mut report);
     }
     let patience = if report.owner == Owner::Destination { options.linger + CHECK } else { WIND_UP };
-    match destination.report(patience, screen) {
+    match destination.report(patience, &operator, screen) {
         Some(other) => report.merge_destination(&other),
         None => screen.note("the destination ended without a report"),
     }
@@ -80,6 +83,9 @@ impl Destination {
         command.args(["--peer-timeout", &milliseconds(options.limits.peer_timeout)]);
         command.args(["--settle-window", &milliseconds(options.limits.settle_window)]);
         command.args(["--backing", options.guest.backing.name()]);
+        if options.prefault {
+            command.arg("--prefault");
+        }
         if let Some(most) = options.max_memory {
             command.args(["--max-memory", &most.to_string()]);
         }
@@ -107,15 +113,17 @@ impl Destination {
     }
 
     /// What it reports at its end; `None` when it does not.
-    fn report(&mut self, patience: Duration, screen: &Screen) -> Option<FinalReport> {
+    fn report(&self, patience: Duration, operator: &Operator, screen: &Screen) -> Option<FinalReport> {
         let until = Instant::now() + patience;
-        loop {
-            match self.lines.recv_deadline(until).ok()? {
-                Line::Event(JsonEvent::Console { text }) => screen.console(&text),
-                Line::Event(_) => {}
-                Line::Report(report) => return Some(*report),
+        while Instant::now() < until && operator.wish() == Wish::GoOn {
+            match self.lines.recv_timeout(LOOK_UP) {
+                Ok(Line::Event(JsonEvent::Console { text })) => screen.console(&text),
+                Ok(Line::Event(_)) | Err(RecvTimeoutError::Timeout) => {}
+                Ok(Line::Report(report)) => return Some(*report),
+                Err(RecvTimeoutError::Disconnected) => return None,
             }
         }
+        None
     }
 }
 

@@ -148,8 +148,8 @@ fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, V
 fn show_console(handle: &GuestHandle, screen: &Arc<Screen>) -> io::Result<()> {
     let (lines, screen) = (handle.lines(), Arc::clone(screen));
     let show = move || {
-        for line in lines.iter().filter(|line| Line::parse(&line.text).is_none()) {
-            screen.console(&line.text);
+        for line in lines.iter().filter(|line| Line::parse(line).is_none()) {
+            screen.console(&line);
         }
     };
     std::thread::Builder::new().name("console".to_owned()).spawn(show)?;
@@ -221,32 +221,43 @@ impl Guest for AnySource {
     }
 }
 
+/// What a destination gives a guest.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Place {
+    /// What its memory is made of.
+    pub(crate) backing: Backing,
+    /// Most memory; `None` for what the host has.
+    pub(crate) max_memory: Option<u64>,
+    /// Touch all memory before the first page comes.
+    pub(crate) prefault: bool,
+}
+
 /// A place for a guest of either kind.
 pub(crate) struct AnyDestination {
-    backing: Backing,
-    max_memory: Option<u64>,
+    place: Place,
     screen: Arc<Screen>,
     guest: Option<Box<dyn DestinationGuest>>,
 }
 
 impl AnyDestination {
     /// An empty place.
-    pub(crate) fn new(backing: Backing, max_memory: Option<u64>, screen: Arc<Screen>) -> Self {
-        Self { backing, max_memory, screen, guest: None }
+    pub(crate) fn new(place: Place, screen: Arc<Screen>) -> Self {
+        Self { place, screen, guest: None }
     }
 
     fn prepare_process(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
         let needed = layout.regions().iter().map(|region| region.len).sum();
-        check_room(needed, self.backing.into(), self.max_memory)?;
-        let mut guest = ArrivingProcessGuest::new(self.backing.into());
+        check_room(needed, self.place.backing.into(), self.place.max_memory)?;
+        let mut guest = ArrivingProcessGuest::new(self.place.backing.into(), self.place.prefault);
         let memory = guest.prepare(config, layout)?;
         self.guest = Some(Box::new(guest));
         Ok(memory)
     }
 
     fn prepare_kvm(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
-        let (backing, max_memory) = (Some(self.backing.into()), self.max_memory);
-        let mut guest = ArrivingGuest::new(ArrivalConfig { max_memory, backing, ..ArrivalConfig::default() });
+        let Place { backing, max_memory, prefault } = self.place;
+        let backing = Some(backing.into());
+        let mut guest = ArrivingGuest::new(ArrivalConfig { max_memory, backing, prefault, ..ArrivalConfig::default() });
         let memory = guest.prepare(config, layout)?;
         if let Some(handle) = guest.handle() {
             show_console(&handle, &self.screen)?;

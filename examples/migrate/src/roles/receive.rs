@@ -6,7 +6,7 @@ use pageferry::Destination;
 use pageferry::config::DestinationConfig;
 use pageferry_tcp::{TcpAcceptor, TcpOptions};
 
-use super::guests::AnyDestination;
+use super::guests::{AnyDestination, Place};
 use super::operator::Operator;
 use super::settle::settle;
 use super::{afterwards, not_started, parent};
@@ -30,7 +30,7 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
     let operator = Operator::listen(false)?;
     let acceptor = Arc::new(TcpAcceptor::bind(&options.listen, tcp_options(options))?);
     screen.listening(&acceptor.local_addr().to_string());
-    let mut guest = AnyDestination::new(options.backing, options.max_memory, Arc::clone(screen));
+    let mut guest = AnyDestination::new(place(options), Arc::clone(screen));
     let mut report = take_in(&mut guest, options, &acceptor, screen, &operator);
     if report.owner == Owner::Destination {
         afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
@@ -41,6 +41,10 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
         operator.wait_for_end();
     }
     Ok(report.exit_status())
+}
+
+fn place(options: &ReceiveOptions) -> Place {
+    Place { backing: options.backing, max_memory: options.max_memory, prefault: options.prefault }
 }
 
 fn tcp_options(options: &ReceiveOptions) -> TcpOptions {

@@ -264,6 +264,7 @@ const fn number(value: u16) -> u64 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::page::PAGE_WORDS;
     use super::*;
 
     const EVEN: Mix = Mix { zero: 30, duplicate: 10, text: 40, random: 20 };
@@ -342,7 +343,7 @@ mod tests {
     #[test]
     fn an_untouched_zero_page_is_not_written() {
         let content = Content { touch_zero: false, ..content(Writes::Few) };
-        let mut memory = Page([3; _]);
+        let mut memory = Page([3; PAGE_WORDS]);
         content.fill(page_of(&content, Kind::Zero), live(&mut memory));
         assert_eq!(memory.0[0], 3);
     }

@@ -56,7 +56,7 @@ impl Boots {
 }
 
 /// What a guest starts from.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub(crate) struct BootImage {
     /// An ELF kernel (with a PVH entry or for the 64-bit Linux protocol), or a bzImage.
     pub(crate) kernel: Cow<'static, [u8]>,
@@ -64,6 +64,13 @@ pub(crate) struct BootImage {
     pub(crate) initrd: Option<Vec<u8>>,
     /// The kernel's command line.
     pub(crate) command_line: String,
+}
+
+impl std::fmt::Debug for BootImage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let (kernel, initrd) = (self.kernel.len(), self.initrd.as_ref().map(Vec::len));
+        write!(f, "BootImage(kernel of {kernel} bytes, initrd {initrd:?}, {:?})", self.command_line)
+    }
 }
 
 /// Why a guest cannot boot from an image.
