@@ -1,193 +1,53 @@
-//! The destination's driver.
+//! Performs what the destination session asks for, and tells it what happened.
 
 use std::collections::{HashMap, VecDeque};
-use std::io::IoSlice;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
-use crossbeam_channel::{Receiver, Select, Sender, bounded, unbounded};
+use crossbeam_channel::{Receiver, Select, Sender, bounded};
 
-use super::door::{self, Guest};
-use super::lane::{LaneName, NumberedReceiver, NumberedSender};
-use super::receive::{self, Gate, ReceiveDuty, Room};
-use super::send::run_control_lane;
-use super::{Counters, Lent, verify};
-use crate::config::DestinationConfig;
-use crate::digest::{Digest, HashTable, PageHasher};
+use super::super::door::{self, Guest};
+use super::super::receive::{Gate, Room};
+use super::super::{Counters, Lent, verify};
+use super::{Destination, DestinationEvent, LaneEvent};
+use crate::digest::{HashTable, PageHasher};
 use crate::error::{Error, Failed, Unsettled};
-use crate::host::{Control, Joiner, Observer, Spawner, ThreadRole};
-use crate::limits::{EVENT_QUEUE, FAREWELL, HEARTBEAT, MAX_PENDING_LANES};
-use crate::memory::{GuestMemory, Layout, MemoryError};
-use crate::session::{
-    DestinationAction, DestinationInput, DestinationSession, DestinationSetup, LaneKey, Outcome, Phase,
-};
+use crate::host::{Control, Joiner, ThreadRole};
+use crate::limits::{EVENT_QUEUE, FAREWELL, HEARTBEAT};
+
+use crate::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome, Phase};
 use crate::stats::Report;
-use crate::transport::{Acceptor, LaneCloser, LaneRole, TransportError};
-use crate::vm::{DestinationVm, VmResult};
-use crate::wire::{GreetingRole, Message, Offer, SessionId};
+use crate::transport::{Acceptor, LaneCloser};
+use crate::vm::DestinationVm;
+use crate::wire::{Message, Offer};
 
-/// Receives a guest.
-///
-/// ```no_run
-/// # fn f(vm: &mut dyn pageferry::DestinationVm, acceptor: std::sync::Arc<dyn pageferry::transport::Acceptor>) {
-/// use pageferry::{Control, Destination, DestinationConfig};
-/// match Destination::new(DestinationConfig::default()).run(vm, acceptor, &Control::new()) {
-///     Ok(report) => println!("the guest runs here; {} pages came", report.pages_sent),
-///     Err(failed) => eprintln!("{failed}"),
-/// }
-/// # }
-/// ```
-pub struct Destination {
-    config: DestinationConfig,
-    lent: Lent,
-}
-
-impl std::fmt::Debug for Destination {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Destination").field("config", &self.config).finish_non_exhaustive()
-    }
-}
-
-impl Destination {
-    /// A destination with the given choices.
-    pub fn new(config: DestinationConfig) -> Self {
-        Self { config, lent: Lent::default() }
-    }
-
-    /// Tells an observer what happens.
-    #[must_use]
-    pub fn observer(mut self, observer: Arc<dyn Observer>) -> Self {
-        self.lent.observer = Some(observer);
-        self
-    }
-
-    /// Runs the engine's threads on the host's terms.
-    #[must_use]
-    pub fn spawner(mut self, spawner: Arc<dyn Spawner>) -> Self {
-        self.lent.spawner = spawner;
-        self
-    }
-
-    /// Waits for a source, takes its guest, and runs it. Blocks until the guest runs here and the
-    /// source knows it, or until it is certain that it does not, or until
-    /// [`DestinationConfig::settle_window`] has passed without certainty.
-    ///
-    /// # Errors
-    ///
-    /// [`Failed`] says who owns the guest.
-    pub fn run(
-        &self,
-        vm: &mut dyn DestinationVm,
-        acceptor: Arc<dyn Acceptor>,
-        control: &Control,
-    ) -> Result<Report, Failed> {
-        let setup = DestinationSetup { config: self.config.clone() };
-        Driver::new(self, vm, control, DestinationSession::new(setup)).drive(acceptor)
-    }
-
-    /// Tells a source that is still undecided that its guest runs here: for a migration that ended
-    /// well on this side ([`Report::session`]), when the source lost the link before it knew. Waits
-    /// for the source for [`DestinationConfig::settle_window`] at most.
-    ///
-    /// # Errors
-    ///
-    /// The acceptor's, as [`Failed::DestinationOwns`].
-    pub fn confirm(
-        &self,
-        acceptor: Arc<dyn Acceptor>,
-        control: &Control,
-        session: SessionId,
-    ) -> Result<Report, Failed> {
-        let setup = DestinationSetup { config: self.config.clone() };
-        Driver::new(self, &mut NoVm, control, DestinationSession::confirm(setup, session)).drive(acceptor)
-    }
-
-    /// Stands ready once more to be asked about a migration that ended [`Failed::Undecided`]. Being
-    /// asked means that Commit never came here: the guest is given up, and the source told so.
-    ///
-    /// # Errors
-    ///
-    /// Always: `SourceStillOwns` once settled, `Undecided` if nobody asked.
-    pub fn settle(
-        &self,
-        vm: &mut dyn DestinationVm,
-        acceptor: Arc<dyn Acceptor>,
-        control: &Control,
-        unsettled: Unsettled,
-    ) -> Result<Report, Failed> {
-        let setup = DestinationSetup { config: self.config.clone() };
-        let error = Error::NoSource(self.config.settle_window);
-        Driver::new(self, vm, control, DestinationSession::settle(setup, unsettled.session, error)).drive(acceptor)
-    }
-}
-
-/// Stands in where no VM is asked for anything any more.
-struct NoVm;
-
-impl DestinationVm for NoVm {
-    fn prepare(&mut self, _config: &[u8], _layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
-        Err("no guest is expected here".into())
-    }
-
-    fn load(&mut self, _state: &mut dyn std::io::Read) -> VmResult<()> {
-        Err("no guest is expected here".into())
-    }
-
-    fn commit(&mut self, _run: bool) -> VmResult<()> {
-        Err("no guest is expected here".into())
-    }
-
-    fn abort(&mut self) {}
-}
-
-/// What the threads of a lane tell the driver.
-pub(super) enum LaneEvent {
-    Message(Message),
-    RoundComplete(u32, Digest),
-    PlacingFailed(Error),
-    ControlBroken(Error),
-    ControlSent,
-    DataLaneBroken(Error),
-}
-
-/// What the threads tell the driver.
-pub(super) enum DestinationEvent {
-    Greeted(LaneKey, Box<Guest>),
-    DoorBroken(TransportError),
-    /// From a lane of this generation; of an older one it means nothing any more.
-    Lane(u64, LaneEvent),
-    Hashed(Result<Digest, MemoryError>, Duration),
-    Panicked(ThreadRole),
-}
-
-struct Driver<'a> {
-    vm: &'a mut dyn DestinationVm,
-    control: &'a Control,
-    lent: Lent,
-    session: DestinationSession,
-    counters: Arc<Counters>,
-    started: Instant,
-    events: (Sender<DestinationEvent>, Receiver<DestinationEvent>),
-    greeted: HashMap<LaneKey, Box<Guest>>,
-    messages: Option<Sender<Message>>,
+pub(super) struct Driver<'a> {
+    pub(super) vm: &'a mut dyn DestinationVm,
+    pub(super) control: &'a Control,
+    pub(super) lent: Lent,
+    pub(super) session: DestinationSession,
+    pub(super) counters: Arc<Counters>,
+    pub(super) started: Instant,
+    pub(super) events: (Sender<DestinationEvent>, Receiver<DestinationEvent>),
+    pub(super) greeted: HashMap<LaneKey, Box<Guest>>,
+    pub(super) messages: Option<Sender<Message>>,
     /// Counts control lanes, so that late words of an older one are not taken for the present one's.
-    generation: u64,
-    room: Arc<OnceLock<Room>>,
-    closers: Vec<Arc<dyn LaneCloser>>,
-    threads: Vec<Box<dyn Joiner>>,
-    frames_heard: u64,
-    progress_heard: u64,
-    cancel_told: bool,
-    run: bool,
+    pub(super) generation: u64,
+    pub(super) room: Arc<OnceLock<Room>>,
+    pub(super) closers: Vec<Arc<dyn LaneCloser>>,
+    pub(super) threads: Vec<Box<dyn Joiner>>,
+    pub(super) frames_heard: u64,
+    pub(super) progress_heard: u64,
+    pub(super) cancel_told: bool,
+    pub(super) run: bool,
     /// Callers that were answered, until they have had time to read it.
-    answered: VecDeque<(Instant, Box<Guest>)>,
-    over: Arc<AtomicBool>,
+    pub(super) answered: VecDeque<(Instant, Box<Guest>)>,
+    pub(super) over: Arc<AtomicBool>,
 }
 
 impl<'a> Driver<'a> {
-    fn new(
+    pub(super) fn new(
         destination: &Destination,
         vm: &'a mut dyn DestinationVm,
         control: &'a Control,
@@ -216,7 +76,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn drive(mut self, acceptor: Arc<dyn Acceptor>) -> Result<Report, Failed> {
+    pub(super) fn drive(mut self, acceptor: Arc<dyn Acceptor>) -> Result<Report, Failed> {
         let (lent, events, closed) = (self.lent.clone(), self.events.0.clone(), Arc::clone(&self.over));
         let door = move || door::keep(&*acceptor, &lent, &events, &closed);
         if let Err(error) = self.spawn(ThreadRole::Door, door) {
@@ -241,7 +101,7 @@ impl<'a> Driver<'a> {
     }
 
     /// Without its first thread: nothing has changed about who owns the guest.
-    fn fail_to_begin(self, error: Error) -> Failed {
+    pub(super) fn fail_to_begin(self, error: Error) -> Failed {
         let report = Box::default();
         match (self.session.phase(), self.session.session()) {
             (Phase::AwaitDone, _) => Failed::DestinationOwns { error, report },
@@ -253,11 +113,11 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn tell(&mut self, input: DestinationInput) {
+    pub(super) fn tell(&mut self, input: DestinationInput) {
         self.session.handle(self.started.elapsed(), input);
     }
 
-    fn tell_time(&mut self) {
+    pub(super) fn tell_time(&mut self) {
         self.close_answered();
         let frames = Counters::read(&self.counters.frames_received);
         let heard = std::mem::replace(&mut self.frames_heard, frames) != frames;
@@ -270,7 +130,7 @@ impl<'a> Driver<'a> {
         });
     }
 
-    fn wait(&mut self) {
+    pub(super) fn wait(&mut self) {
         let now = self.started.elapsed();
         let timeout = self.session.poll_timeout().map_or(HEARTBEAT, |at| at.saturating_sub(now).min(HEARTBEAT));
         let events = self.events.1.clone();
@@ -285,7 +145,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn on_event(&mut self, event: DestinationEvent) {
+    pub(super) fn on_event(&mut self, event: DestinationEvent) {
         let input = match event {
             DestinationEvent::Greeted(lane, guest) => {
                 let (greeting, peer) = (guest.greeting, guest.peer.clone());
@@ -311,7 +171,7 @@ impl<'a> Driver<'a> {
         self.tell(input);
     }
 
-    fn perform(&mut self, action: DestinationAction) {
+    pub(super) fn perform(&mut self, action: DestinationAction) {
         match action {
             DestinationAction::Adopt(lane, role) => self.adopt(lane, role),
             DestinationAction::Answer(lane, message) => self.answer(lane, &message),
@@ -348,7 +208,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn make_room(&mut self, offer: &Offer) {
+    pub(super) fn make_room(&mut self, offer: &Offer) {
         self.run = offer.run;
         match self.vm.prepare(&offer.config, &offer.layout) {
             Ok(memory) if memory.layout().is_same_memory(&offer.layout) => {
@@ -369,7 +229,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn verify(&mut self) {
+    pub(super) fn verify(&mut self) {
         let Some(room) = self.room.get() else { return };
         let (events, begun) = (self.events.0.clone(), Instant::now());
         let done = move |result| drop(events.send(DestinationEvent::Hashed(result, begun.elapsed())));
@@ -379,7 +239,7 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn load(&mut self, state: &[u8]) {
+    pub(super) fn load(&mut self, state: &[u8]) {
         let begun = Instant::now();
         let result = self.vm.load(&mut &*state);
         self.tell(match result {
@@ -388,98 +248,9 @@ impl<'a> Driver<'a> {
         });
     }
 
-    // ---- lanes ----
-
-    fn adopt(&mut self, lane: LaneKey, role: GreetingRole) {
-        let Some(guest) = self.greeted.remove(&lane) else { return };
-        let (index, is_control) = match role {
-            GreetingRole::Data(index) => (index, false),
-            GreetingRole::Control | GreetingRole::Settle => (0, true),
-        };
-        if is_control {
-            self.generation += 1;
-        }
-        let lane_role = if is_control { LaneRole::Control } else { LaneRole::Data(index) };
-        let name = LaneName { role: lane_role, peer: guest.peer };
-        let halves = guest.halves;
-        self.closers.push(halves.closer);
-        let counters = Arc::clone(&self.counters);
-        let receiver = NumberedReceiver { name: name.clone(), receiver: halves.receiver, next: 1, counters };
-        let duty = ReceiveDuty {
-            lane: receiver,
-            index,
-            is_control,
-            room: Arc::clone(&self.room),
-            counters: Arc::clone(&self.counters),
-            generation: self.generation,
-            events: self.events.0.clone(),
-        };
-        let role = if is_control { ThreadRole::Control } else { ThreadRole::Receiver(index) };
-        let mut spawned = self.spawn(role, move || receive::run(duty));
-        if is_control {
-            let counters = Arc::clone(&self.counters);
-            let sender = NumberedSender { name, sender: halves.sender, sequence: 0, counters };
-            spawned = spawned.and_then(|()| self.open_control(sender));
-        }
-        if let Err(error) = spawned {
-            self.tell(DestinationInput::Failed(error));
-        }
-    }
-
-    fn open_control(&mut self, sender: NumberedSender) -> Result<(), Error> {
-        let (messages, inbox) = unbounded();
-        self.messages = Some(messages);
-        let (events, generation) = (self.events.0.clone(), self.generation);
-        self.spawn(ThreadRole::Control, move || {
-            let event = match run_control_lane(sender, &inbox, None) {
-                Ok(()) => LaneEvent::ControlSent,
-                Err(error) => LaneEvent::ControlBroken(error),
-            };
-            let _ = events.send(DestinationEvent::Lane(generation, event));
-        })
-    }
-
-    fn answer(&mut self, lane: LaneKey, message: &Message) {
-        let Some(mut guest) = self.greeted.remove(&lane) else { return };
-        let frame = message.encode(0);
-        // Small enough for any transport's buffer; a peer that has gone needs no answer.
-        let _ = guest.halves.sender.send(&mut [IoSlice::new(&frame)]);
-        // Closing at once could overtake the answer; the peer closes when it has read it.
-        self.answered.push_back((Instant::now() + FAREWELL, guest));
-        self.close_answered();
-    }
-
-    fn close_answered(&mut self) {
-        let now = Instant::now();
-        while self.answered.front().is_some_and(|(due, _)| now >= *due) || self.answered.len() > MAX_PENDING_LANES {
-            if let Some((_, guest)) = self.answered.pop_front() {
-                guest.halves.closer.close();
-            }
-        }
-    }
-
-    fn close_lanes(&mut self) {
-        self.messages = None;
-        self.generation += 1;
-        for closer in self.closers.drain(..) {
-            closer.close();
-        }
-    }
-
-    fn spawn(&mut self, role: ThreadRole, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
-        let events = self.events.0.clone();
-        let work = move || {
-            if catch_unwind(AssertUnwindSafe(work)).is_err() {
-                let _ = events.send(DestinationEvent::Panicked(role));
-            }
-        };
-        self.threads.push(self.lent.spawn(role, work)?);
-        Ok(())
-    }
-
     // ---- the end ----
 
-    fn finish(mut self) -> Result<Report, Failed> {
+    pub(super) fn finish(mut self) -> Result<Report, Failed> {
         self.say_farewell();
         let total = self.started.elapsed();
         let session_id = self.session.session();
@@ -508,7 +279,7 @@ impl<'a> Driver<'a> {
     }
 
     /// Lets the last message leave, then ends all lanes and threads.
-    fn say_farewell(&mut self) {
+    pub(super) fn say_farewell(&mut self) {
         self.over.store(true, Ordering::Release);
         if self.messages.take().is_some() {
             let deadline = Instant::now() + FAREWELL;
