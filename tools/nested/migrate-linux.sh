@@ -1,7 +1,7 @@
 #!/bin/bash
 # Boots Debian's Linux in the emulated machine by `migrate send --kernel --initrd` and moves it to a second process,
 # `migrate receive`, while it writes and checks files. What is proved is said in inside/migrate-linux.
-# Status 0: all was right. 77: skipped, something is not installed. About two minutes.
+# Status 0: all was right. 77: skipped, something is not installed. One to three minutes.
 set -euo pipefail
 . "$(dirname "$0")/common.sh"
 require_packages
