@@ -8,9 +8,10 @@ require_packages
 make_kernel
 make_guest_initramfs
 
-(cd "$ROOT" && cargo build -p migrate --profile "${PROFILE:-release}")
-binary=$ROOT/target/${PROFILE:-release}/migrate
-[ -e "$binary" ] || binary=$ROOT/target/debug/migrate
+# Emulated twice over, an unoptimised program would be slower than the link: release unless PROFILE=dev says otherwise.
+profile=${PROFILE:-release}
+(cd "$ROOT" && cargo build -p migrate --profile "$profile")
+binary=${CARGO_TARGET_DIR:-$ROOT/target}/${profile/#dev/debug}/migrate
 make_machine_initramfs -b "$binary:/bin/migrate" -f "$NESTED/inside/migrate-linux:/test" \
     -f "$WORK/vmlinux:/guest/kernel"
 "$NESTED/boot.sh" -k "$WORK/vmlinux" -i "$WORK/machine.cpio" -t "${TIMEOUT:-600}"

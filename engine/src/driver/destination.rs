@@ -1,7 +1,8 @@
 //! The destination's driver.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::io::IoSlice;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
@@ -17,9 +18,11 @@ use crate::config::DestinationConfig;
 use crate::digest::{Digest, HashTable, PageHasher};
 use crate::error::{Error, Failed, Unsettled};
 use crate::host::{Control, Joiner, Observer, Spawner, ThreadRole};
-use crate::limits::{EVENT_QUEUE, FAREWELL, HEARTBEAT};
+use crate::limits::{EVENT_QUEUE, FAREWELL, HEARTBEAT, MAX_PENDING_LANES};
 use crate::memory::{GuestMemory, Layout, MemoryError};
-use crate::session::{DestinationAction, DestinationInput, DestinationSession, DestinationSetup, LaneKey, Outcome};
+use crate::session::{
+    DestinationAction, DestinationInput, DestinationSession, DestinationSetup, LaneKey, Outcome, Phase,
+};
 use crate::stats::Report;
 use crate::transport::{Acceptor, LaneCloser, LaneRole, TransportError};
 use crate::vm::{DestinationVm, VmResult};
@@ -156,6 +159,7 @@ pub(super) enum DestinationEvent {
     /// From a lane of this generation; of an older one it means nothing any more.
     Lane(u64, LaneEvent),
     Hashed(Result<Digest, MemoryError>, Duration),
+    Panicked(ThreadRole),
 }
 
 struct Driver<'a> {
@@ -174,9 +178,12 @@ struct Driver<'a> {
     closers: Vec<Arc<dyn LaneCloser>>,
     threads: Vec<Box<dyn Joiner>>,
     frames_heard: u64,
+    progress_heard: u64,
     cancel_told: bool,
     run: bool,
-    door_closed: Arc<AtomicBool>,
+    /// Callers that were answered, until they have had time to read it.
+    answered: VecDeque<(Instant, Box<Guest>)>,
+    over: Arc<AtomicBool>,
 }
 
 impl<'a> Driver<'a> {
@@ -201,17 +208,19 @@ impl<'a> Driver<'a> {
             closers: Vec::new(),
             threads: Vec::new(),
             frames_heard: 0,
+            progress_heard: 0,
             cancel_told: false,
             run: false,
-            door_closed: Arc::default(),
+            answered: VecDeque::new(),
+            over: Arc::default(),
         }
     }
 
     fn drive(mut self, acceptor: Arc<dyn Acceptor>) -> Result<Report, Failed> {
-        let (lent, events, closed) = (self.lent.clone(), self.events.0.clone(), Arc::clone(&self.door_closed));
+        let (lent, events, closed) = (self.lent.clone(), self.events.0.clone(), Arc::clone(&self.over));
         let door = move || door::keep(&*acceptor, &lent, &events, &closed);
         if let Err(error) = self.spawn(ThreadRole::Door, door) {
-            return Err(Failed::SourceStillOwns { error, report: Box::default() });
+            return Err(self.fail_to_begin(error));
         }
         loop {
             while let Some(action) = self.session.poll_action() {
@@ -231,14 +240,34 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// Without its first thread: nothing has changed about who owns the guest.
+    fn fail_to_begin(self, error: Error) -> Failed {
+        let report = Box::default();
+        match (self.session.phase(), self.session.session()) {
+            (Phase::AwaitDone, _) => Failed::DestinationOwns { error, report },
+            (Phase::Ready, Some(session)) => {
+                let unsettled = Unsettled { session, run: self.run };
+                Failed::Undecided { unsettled, error, report }
+            }
+            _ => Failed::SourceStillOwns { error, report },
+        }
+    }
+
     fn tell(&mut self, input: DestinationInput) {
         self.session.handle(self.started.elapsed(), input);
     }
 
     fn tell_time(&mut self) {
+        self.close_answered();
         let frames = Counters::read(&self.counters.frames_received);
         let heard = std::mem::replace(&mut self.frames_heard, frames) != frames;
-        self.tell(if heard { DestinationInput::Heard } else { DestinationInput::Tick });
+        let progress = Counters::read(&self.counters.progress);
+        let progressed = std::mem::replace(&mut self.progress_heard, progress) != progress;
+        self.tell(match (progressed, heard) {
+            (true, _) => DestinationInput::Progress,
+            (_, true) => DestinationInput::Heard,
+            _ => DestinationInput::Tick,
+        });
     }
 
     fn wait(&mut self) {
@@ -263,7 +292,10 @@ impl<'a> Driver<'a> {
                 self.greeted.insert(lane, guest);
                 DestinationInput::Greeted { lane, greeting, peer }
             }
-            DestinationEvent::DoorBroken(error) => DestinationInput::Failed(door::broken(error)),
+            DestinationEvent::DoorBroken(error) => DestinationInput::DoorBroken(error.into()),
+            DestinationEvent::Panicked(role) => {
+                DestinationInput::Failed(Error::Bug(format!("the {role:?} thread panicked")))
+            }
             DestinationEvent::Lane(generation, _) if generation != self.generation => return,
             DestinationEvent::Lane(_, event) => match event {
                 LaneEvent::Message(message) => DestinationInput::Message(message),
@@ -296,6 +328,11 @@ impl<'a> Driver<'a> {
                 }
             }
             DestinationAction::MakeRoom(offer) => self.make_room(&offer),
+            DestinationAction::StopPlacing => {
+                if let Some(room) = self.room.get() {
+                    room.gate.close();
+                }
+            }
             DestinationAction::Verify => self.verify(),
             DestinationAction::Load(state) => self.load(&state),
             DestinationAction::Start { run } => {
@@ -314,7 +351,7 @@ impl<'a> Driver<'a> {
     fn make_room(&mut self, offer: &Offer) {
         self.run = offer.run;
         match self.vm.prepare(&offer.config, &offer.layout) {
-            Ok(memory) if *memory.layout() == offer.layout => {
+            Ok(memory) if memory.layout().is_same_memory(&offer.layout) => {
                 let _ = self.room.set(Room {
                     memory,
                     hasher: PageHasher::new(&offer.digest_key),
@@ -336,8 +373,9 @@ impl<'a> Driver<'a> {
         let Some(room) = self.room.get() else { return };
         let (events, begun) = (self.events.0.clone(), Instant::now());
         let done = move |result| drop(events.send(DestinationEvent::Hashed(result, begun.elapsed())));
-        if let Err(error) = verify::start(&self.lent, &room.memory, &room.hasher, &self.counters, done) {
-            self.tell(DestinationInput::Failed(error));
+        match verify::start(&self.lent, &room.memory, &room.hasher, &self.counters, &self.over, done) {
+            Ok(threads) => self.threads.extend(threads),
+            Err(error) => self.tell(DestinationInput::Failed(error)),
         }
     }
 
@@ -406,11 +444,18 @@ impl<'a> Driver<'a> {
         let frame = message.encode(0);
         // Small enough for any transport's buffer; a peer that has gone needs no answer.
         let _ = guest.halves.sender.send(&mut [IoSlice::new(&frame)]);
-        let _ = self.lent.spawn(ThreadRole::Door, move || {
-            // Closing at once could overtake the answer; the peer closes when it has read it.
-            std::thread::sleep(FAREWELL);
-            guest.halves.closer.close();
-        });
+        // Closing at once could overtake the answer; the peer closes when it has read it.
+        self.answered.push_back((Instant::now() + FAREWELL, guest));
+        self.close_answered();
+    }
+
+    fn close_answered(&mut self) {
+        let now = Instant::now();
+        while self.answered.front().is_some_and(|(due, _)| now >= *due) || self.answered.len() > MAX_PENDING_LANES {
+            if let Some((_, guest)) = self.answered.pop_front() {
+                guest.halves.closer.close();
+            }
+        }
     }
 
     fn close_lanes(&mut self) {
@@ -422,6 +467,12 @@ impl<'a> Driver<'a> {
     }
 
     fn spawn(&mut self, role: ThreadRole, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        let events = self.events.0.clone();
+        let work = move || {
+            if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                let _ = events.send(DestinationEvent::Panicked(role));
+            }
+        };
         self.threads.push(self.lent.spawn(role, work)?);
         Ok(())
     }
@@ -458,7 +509,7 @@ impl<'a> Driver<'a> {
 
     /// Lets the last message leave, then ends all lanes and threads.
     fn say_farewell(&mut self) {
-        self.door_closed.store(true, Ordering::Release);
+        self.over.store(true, Ordering::Release);
         if self.messages.take().is_some() {
             let deadline = Instant::now() + FAREWELL;
             while let Ok(event) = self.events.1.recv_deadline(deadline) {
@@ -471,6 +522,10 @@ impl<'a> Driver<'a> {
         if let Some(room) = self.room.get() {
             room.gate.close();
         }
+        if let Some((due, _)) = self.answered.back() {
+            std::thread::sleep(due.saturating_duration_since(Instant::now()));
+        }
+        self.close_answered();
         self.close_lanes();
         // A thread that waits to be heard must not wait for ever.
         self.events = bounded(0);

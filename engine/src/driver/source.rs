@@ -1,7 +1,9 @@
 //! The source's driver.
 
 use std::io;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Select, Sender, bounded, unbounded};
@@ -18,7 +20,10 @@ use crate::dirty::{Accumulator, DirtySink, Point};
 use crate::encode::{Encoder, Tally, populated_runs};
 use crate::error::{Error, Failed, Unsettled};
 use crate::host::{Control, Joiner, Observer, Spawner, ThreadRole};
-use crate::limits::{EVENT_QUEUE, FAREWELL, MAX_LANES, PLANNED_BATCHES_PER_WORKER, STATE_CHUNK};
+use crate::limits::{
+    EVENT_QUEUE, FAREWELL, MAX_LANES, MAX_STATE, MAX_STATE_PIECES, MIN_BANDWIDTH, PLANNED_BATCHES_PER_WORKER,
+    STATE_CHUNK,
+};
 use crate::memory::{GuestMemory, MemoryError};
 use crate::session::{Outcome, SourceAction, SourceInput, SourceSession, SourceSetup};
 use crate::stats::{Event, Progress, Report};
@@ -46,7 +51,7 @@ const DIAL_TIMEOUT: Duration = Duration::from_secs(10);
 /// ```
 pub struct Source {
     config: SourceConfig,
-    policy: fn() -> Box<dyn Convergence>,
+    policy: Arc<dyn Fn() -> Box<dyn Convergence> + Send + Sync>,
     lent: Lent,
 }
 
@@ -59,7 +64,7 @@ impl std::fmt::Debug for Source {
 impl Source {
     /// A source with the given choices.
     pub fn new(config: SourceConfig) -> Self {
-        Self { config, policy: || Box::new(Adaptive::default()), lent: Lent::default() }
+        Self { config, policy: Arc::new(|| Box::new(Adaptive::default())), lent: Lent::default() }
     }
 
     /// Tells an observer what happens.
@@ -78,8 +83,8 @@ impl Source {
 
     /// Decides by another policy when to stop.
     #[must_use]
-    pub fn convergence(mut self, policy: fn() -> Box<dyn Convergence>) -> Self {
-        self.policy = policy;
+    pub fn convergence(mut self, policy: impl Fn() -> Box<dyn Convergence> + Send + Sync + 'static) -> Self {
+        self.policy = Arc::new(policy);
         self
     }
 
@@ -90,7 +95,8 @@ impl Source {
     ///
     /// [`Failed`] says who owns the guest.
     pub fn run(&self, vm: &mut dyn SourceVm, dialer: Arc<dyn Dialer>, control: &Control) -> Result<Report, Failed> {
-        let setup = self.setup(vm).map_err(|error| Failed::SourceStillOwns { error, report: Box::default() })?;
+        let setup =
+            self.setup(vm, &*dialer).map_err(|error| Failed::SourceStillOwns { error, report: Box::default() })?;
         let digest_key = setup.digest_key;
         let unsettled = Unsettled { session: setup.session, run: setup.run };
         Driver::new(self, vm, dialer, control, SourceSession::new(setup), unsettled, digest_key).drive()
@@ -117,11 +123,8 @@ impl Source {
         Driver::new(self, vm, dialer, control, state, unsettled, DigestKey([0; 32])).drive()
     }
 
-    fn setup(&self, vm: &mut dyn SourceVm) -> Result<SourceSetup, Error> {
-        if self.config.lanes > MAX_LANES {
-            let text = format!("{} lanes asked for; at most {MAX_LANES} are possible", self.config.lanes);
-            return Err(Error::Misuse(text));
-        }
+    fn setup(&self, vm: &mut dyn SourceVm, dialer: &dyn Dialer) -> Result<SourceSetup, Error> {
+        self.check_config(dialer)?;
         let mut random = [0; 48];
         getrandom::fill(&mut random)
             .map_err(|error| Error::Host { what: "random numbers", source: io::Error::other(error.to_string()) })?;
@@ -136,6 +139,22 @@ impl Source {
         key.copy_from_slice(&random[16..]);
         let run = vm.is_running();
         Ok(self.setup_for(vm, SessionId(session), DigestKey(key), vm_config, run))
+    }
+
+    fn check_config(&self, dialer: &dyn Dialer) -> Result<(), Error> {
+        // One of the transport's lanes is the control lane.
+        let most = MAX_LANES.min(dialer.capabilities().max_lanes.saturating_sub(1));
+        if self.config.lanes > most {
+            let text = format!("{} lanes asked for; at most {most} are possible", self.config.lanes);
+            return Err(Error::Misuse(text));
+        }
+        match self.config.bandwidth {
+            Some(rate) if rate < MIN_BANDWIDTH => {
+                let text = format!("a cap of {rate} bytes per second asked for; at least {MIN_BANDWIDTH} are needed");
+                Err(Error::Misuse(text))
+            }
+            _ => Ok(()),
+        }
     }
 
     fn setup_for(
@@ -175,6 +194,7 @@ pub(super) enum SourceEvent {
     DataLaneBroken(Error),
     LaneFlushed(Tally),
     Hashed(Result<Digest, MemoryError>),
+    Panicked(ThreadRole),
 }
 
 struct Driver<'a> {
@@ -200,6 +220,7 @@ struct Driver<'a> {
     generation: u64,
     closers: Vec<Arc<dyn LaneCloser>>,
     threads: Vec<Box<dyn Joiner>>,
+    over: Arc<AtomicBool>,
     planner: Option<Planner>,
     planned: Option<Batch>,
     flushing: usize,
@@ -251,6 +272,7 @@ impl<'a> Driver<'a> {
             generation: 0,
             closers: Vec::new(),
             threads: Vec::new(),
+            over: Arc::default(),
             planner: None,
             planned: None,
             flushing: 0,
@@ -334,6 +356,9 @@ impl<'a> Driver<'a> {
             SourceEvent::DataLaneBroken(error) => self.tell(SourceInput::DataLaneLost(error)),
             SourceEvent::LaneFlushed(tally) => self.on_flushed(&tally),
             SourceEvent::Hashed(Ok(digest)) => self.tell(SourceInput::FullDigest(digest)),
+            SourceEvent::Panicked(role) => {
+                self.tell(SourceInput::Failed(Error::Bug(format!("the {role:?} thread panicked"))));
+            }
             SourceEvent::Hashed(Err(error)) => self.tell(SourceInput::Failed(error.into())),
         }
     }
@@ -376,8 +401,9 @@ impl<'a> Driver<'a> {
             SourceAction::Acknowledge => self.dirty.acknowledge(),
             SourceAction::Harvest(point) => self.harvest(point),
             SourceAction::Throttle(percent) => {
-                // A VMM that cannot throttle has a guest that is not throttled.
-                let _ = self.vm.throttle(percent);
+                if self.vm.throttle(percent).is_err() {
+                    self.tell(SourceInput::ThrottleRefused);
+                }
             }
             SourceAction::Pause => {
                 let result = self.vm.pause().map(|()| SourceInput::Paused);
@@ -387,8 +413,9 @@ impl<'a> Driver<'a> {
             SourceAction::FullDigest => {
                 let events = self.events.0.clone();
                 let done = move |result| drop(events.send(SourceEvent::Hashed(result)));
-                if let Err(error) = verify::start(&self.lent, &self.memory, &self.hasher, &self.counters, done) {
-                    self.tell(SourceInput::Failed(error));
+                match verify::start(&self.lent, &self.memory, &self.hasher, &self.counters, &self.over, done) {
+                    Ok(threads) => self.threads.extend(threads),
+                    Err(error) => self.tell(SourceInput::Failed(error)),
                 }
             }
             SourceAction::Step(step) => {
@@ -441,9 +468,14 @@ impl<'a> Driver<'a> {
 
     fn save(&mut self) {
         let Some(messages) = self.messages.clone() else { return };
-        let mut writer = StateWriter { messages, buffer: Vec::new(), bytes: 0 };
-        let saved = self.vm.save(&mut writer).and_then(|()| Ok(writer.finish()?));
-        self.tell_result("save the machine state", saved.map(|bytes| SourceInput::Saved { bytes }));
+        let mut writer = StateWriter { messages, buffer: Vec::new(), bytes: 0, lane_ended: false };
+        let saved = self.vm.save(&mut writer).and_then(|()| Ok(writer.send()?));
+        if writer.lane_ended {
+            // The lane's own end, which is on its way, says why.
+            return;
+        }
+        let bytes = writer.bytes;
+        self.tell_result("save the machine state", saved.map(|()| SourceInput::Saved { bytes }));
     }
 
     // ---- planning ----
@@ -588,6 +620,12 @@ impl<'a> Driver<'a> {
     }
 
     fn spawn(&mut self, role: ThreadRole, work: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        let events = self.events.0.clone();
+        let work = move || {
+            if catch_unwind(AssertUnwindSafe(work)).is_err() {
+                let _ = events.send(SourceEvent::Panicked(role));
+            }
+        };
         self.threads.push(self.lent.spawn(role, work)?);
         Ok(())
     }
@@ -608,6 +646,8 @@ impl<'a> Driver<'a> {
         let (outcome, mut report) = self.session.into_parts();
         report.total = total;
         report.wire_bytes = Counters::read(&self.counters.wire_bytes);
+        report.pages_zero = Counters::read(&self.counters.zero_pages);
+        report.pages_sent = Counters::read(&self.counters.pages) - report.pages_zero;
         report.session = Some(self.unsettled.session);
         let unsettled = self.unsettled;
         let boxed = |report| Box::new(report);
@@ -626,6 +666,7 @@ impl<'a> Driver<'a> {
     /// Lets the last message leave, then ends all lanes and threads.
     fn say_farewell(&mut self) {
         self.pacer.close();
+        self.over.store(true, Ordering::Relaxed);
         self.orders.clear();
         if self.messages.take().is_some() {
             let deadline = Instant::now() + FAREWELL;
@@ -692,26 +733,32 @@ struct StateWriter {
     messages: Sender<Message>,
     buffer: Vec<u8>,
     bytes: u64,
+    lane_ended: bool,
 }
 
 impl StateWriter {
-    fn finish(mut self) -> io::Result<u64> {
-        self.send()?;
-        Ok(self.bytes)
-    }
-
     fn send(&mut self) -> io::Result<()> {
         if self.buffer.is_empty() {
             return Ok(());
         }
+        // The lane's own end wakes nobody here: a lane that is stuck ends after the peer timeout.
+        while self.messages.len() > MAX_STATE_PIECES {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         let piece = std::mem::take(&mut self.buffer);
-        self.messages.send(Message::State(piece)).map_err(|_| io::ErrorKind::BrokenPipe.into())
+        self.messages.send(Message::State(piece)).map_err(|_| {
+            self.lane_ended = true;
+            io::ErrorKind::BrokenPipe.into()
+        })
     }
 }
 
 impl io::Write for StateWriter {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let taken = bytes.len().min(STATE_CHUNK - self.buffer.len());
+        if self.bytes + taken as u64 > MAX_STATE {
+            return Err(io::Error::other(format!("the machine state is over the limit of {MAX_STATE} bytes")));
+        }
         self.buffer.extend_from_slice(&bytes[..taken]);
         self.bytes += taken as u64;
         if self.buffer.len() == STATE_CHUNK {

@@ -40,8 +40,9 @@ pub(crate) unsafe fn copy_to_guest(from: &[u8], target: *mut u8) {
     unsafe { copy_opaque(from.as_ptr(), target, from.len()) }
 }
 
-/// Reads one page of guest memory, each byte once. Returns `true` when every byte read was zero
-/// (`into` is then unchanged); otherwise `into` holds the page.
+/// Reads one page of guest memory. Returns `true` when every byte read was zero (`into` is then
+/// unchanged); otherwise `into` holds the page. Each byte that is used was read once: of the block
+/// that ended the search for zeros only the second reading counts.
 ///
 /// # Safety
 ///

@@ -11,7 +11,7 @@ use super::Outcome;
 use crate::config::{DestinationConfig, Verify};
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::limits::{GREETING_TIMEOUT, MAX_STATE, REASON_GRACE};
+use crate::limits::{GREETING_TIMEOUT, MAX_STATE, REASON_GRACE, WORK_FACTOR};
 use crate::stats::{Event, Report};
 use crate::wire::{
     Finish, Greeting, GreetingRole, Message, Offer, Owner, PROTOCOL_MAX, PROTOCOL_MIN, Prepared, Refusal, SessionId,
@@ -44,8 +44,12 @@ pub enum DestinationInput {
     },
     /// A message came on the control lane.
     Message(Message),
-    /// Page data came on some lane.
+    /// A frame came on some lane.
     Heard,
+    /// Pages were placed, or memory verified.
+    Progress,
+    /// No lane can come in any more.
+    DoorBroken(Error),
     /// The VMM has made room.
     RoomMade,
     /// The VMM refuses the guest.
@@ -99,6 +103,8 @@ pub enum DestinationAction {
     Send(Message),
     /// Ask the VMM for room; answer `RoomMade` or `RoomRefused`.
     MakeRoom(Box<Offer>),
+    /// Place no page any more; return when no lane does.
+    StopPlacing,
     /// Re-hash all memory; answer `Verified` or `Failed`.
     Verify,
     /// Load the machine state; answer `Loaded` or `Failed`.
@@ -135,6 +141,8 @@ pub enum Phase {
     Starting,
     /// The guest runs; the source may not know yet.
     AwaitDone,
+    /// The guest was given up around Commit; the source may not know yet.
+    GivenBack,
     /// Over.
     Ended,
 }
@@ -167,6 +175,10 @@ pub struct DestinationSession {
     state: Vec<u8>,
     prepared: Prepared,
     gave_up: bool,
+    /// Only asked to tell a source what it does not know.
+    confirming: bool,
+    last_progress: Duration,
+    progress_seen: u64,
 }
 
 impl DestinationSession {
@@ -196,6 +208,9 @@ impl DestinationSession {
             state: Vec::new(),
             prepared: Prepared::default(),
             gave_up: false,
+            confirming: false,
+            last_progress: Duration::ZERO,
+            progress_seen: 0,
         }
     }
 
@@ -204,6 +219,7 @@ impl DestinationSession {
         let mut destination = Self::new(setup);
         destination.session = Some(session);
         destination.phase = Phase::AwaitDone;
+        destination.confirming = true;
         destination
     }
 
@@ -235,7 +251,8 @@ impl DestinationSession {
                 let silence = self.last_heard.saturating_add(self.setup.config.peer_timeout);
                 let lane_loss = self.lane_loss.as_ref().filter(|_| self.phase == Phase::Receiving);
                 let lane_loss = lane_loss.map_or(silence, |(_, deadline)| silence.min(*deadline));
-                Some(self.opening_deadline.map_or(lane_loss, |deadline| lane_loss.min(deadline)))
+                let opening = self.opening_deadline.map_or(lane_loss, |deadline| lane_loss.min(deadline));
+                Some(opening.min(self.stall_deadline()))
             }
             _ => Some(self.lost_at.saturating_add(self.setup.config.settle_window)),
         }
@@ -243,7 +260,7 @@ impl DestinationSession {
 
     /// How it ended; `None` while it runs. Perform the remaining actions first.
     pub fn outcome(&self) -> Option<&Outcome> {
-        if self.actions.is_empty() { self.outcome.as_ref() } else { None }
+        if self.actions.is_empty() && self.phase == Phase::Ended { self.outcome.as_ref() } else { None }
     }
 
     /// The outcome and the report, once it has ended.
@@ -275,14 +292,16 @@ impl DestinationSession {
                 self.on_message(now, message);
             }
             DestinationInput::Heard => self.last_heard = now,
+            DestinationInput::Progress => self.heard(now),
+            DestinationInput::DoorBroken(error) => self.on_door_broken(error),
             DestinationInput::LinkLost(error) => self.lose_link(now, error),
             DestinationInput::DataLaneLost(error) if self.phase == Phase::Receiving => {
                 self.lane_loss.get_or_insert((error, now + REASON_GRACE));
             }
             // Once everything is here, nothing is expected on data lanes any more.
             DestinationInput::Tick | DestinationInput::DataLaneLost(_) => {}
-            DestinationInput::Cancel => self.cancel(),
-            DestinationInput::Failed(error) => self.on_failure(error),
+            DestinationInput::Cancel => self.cancel(now),
+            DestinationInput::Failed(error) => self.on_failure(now, error),
             other => self.on_done(now, other),
         }
         self.check_time(now);
@@ -301,7 +320,7 @@ impl DestinationSession {
                 self.session = Some(greeting.session);
                 self.peer = peer;
                 self.link_up = true;
-                self.last_heard = now;
+                self.heard(now);
                 self.phase = Phase::AwaitOffer;
                 self.opening_deadline = Some(now + GREETING_TIMEOUT);
                 self.act(DestinationAction::Adopt(lane, greeting.role));
@@ -309,7 +328,7 @@ impl DestinationSession {
             }
             GreetingRole::Control => self.act(DestinationAction::Answer(lane, Message::Refuse(Refusal::Busy))),
             GreetingRole::Data(index) if known && self.takes_lane(index) => {
-                self.last_heard = now;
+                self.heard(now);
                 self.expect_lanes(now);
                 self.act(DestinationAction::Adopt(lane, greeting.role));
             }
@@ -340,10 +359,10 @@ impl DestinationSession {
         match self.phase {
             Phase::AwaitDone => {
                 self.link_up = true;
-                self.last_heard = now;
-                self.act(DestinationAction::Adopt(lane, GreetingRole::Settle));
-                self.act(DestinationAction::Send(Message::Settled(Owner::Destination)));
+                self.heard(now);
+                self.answer_settle(now, lane, Owner::Destination);
             }
+            Phase::GivenBack => self.answer_settle(now, lane, Owner::Source),
             Phase::Ended if matches!(self.outcome, Some(Outcome::HandedOver | Outcome::DestinationOwns(_))) => {
                 self.act(DestinationAction::Answer(lane, Message::Settled(Owner::Destination)));
             }
@@ -353,15 +372,31 @@ impl DestinationSession {
                     reason: "it asked for the guest back before handing it over".to_owned(),
                 });
                 // Let go first, then promise.
-                self.give_up(error);
-                self.act(DestinationAction::Answer(lane, Message::Settled(Owner::Source)));
+                self.give_back(error);
+                self.answer_settle(now, lane, Owner::Source);
             }
         }
+    }
+
+    /// Answers on a lane of its own, and listens there for the source's Done.
+    fn answer_settle(&mut self, now: Duration, lane: LaneKey, owner: Owner) {
+        self.link_up = true;
+        self.heard(now);
+        self.act(DestinationAction::Adopt(lane, GreetingRole::Settle));
+        self.act(DestinationAction::Send(Message::Settled(owner)));
     }
 
     // ---- what the source says ----
 
     fn on_message(&mut self, now: Duration, message: Message) {
+        match message {
+            Message::Heartbeat { received } if received <= self.progress_seen => {}
+            Message::Heartbeat { received } => {
+                self.progress_seen = received;
+                self.heard(now);
+            }
+            _ => self.heard(now),
+        }
         match (self.phase, message) {
             (Phase::AwaitOffer, Message::Offer(offer)) => self.on_offer(offer),
             (Phase::Receiving, Message::State(piece)) => self.on_state(&piece),
@@ -374,7 +409,8 @@ impl DestinationSession {
                 self.act(DestinationAction::Start { run: self.run });
             }
             (Phase::AwaitDone, Message::Done) => self.end(Outcome::HandedOver),
-            (Phase::AwaitDone | Phase::Ended, _) | (_, Message::Heartbeat { .. }) => {}
+            (Phase::GivenBack, Message::Done) => self.phase = Phase::Ended,
+            (Phase::AwaitDone | Phase::GivenBack | Phase::Ended, _) | (_, Message::Heartbeat { .. }) => {}
             (Phase::AwaitOffer, _) => self.forget_source(),
             (_, Message::Abort { reason }) => {
                 let peer = self.peer.clone();
@@ -432,6 +468,8 @@ impl DestinationSession {
             return self.refuse_on(Error::DigestMismatch { check: "digest of all pages received", ours, theirs });
         }
         self.prepared.digest = self.digest;
+        // What comes after Finish is no part of what was proved.
+        self.act(DestinationAction::StopPlacing);
         if self.verify == Verify::Full {
             self.phase = Phase::Verifying;
             self.act(DestinationAction::Verify);
@@ -451,7 +489,7 @@ impl DestinationSession {
     fn on_done(&mut self, now: Duration, input: DestinationInput) {
         match (self.phase, input) {
             (Phase::MakingRoom, DestinationInput::RoomMade) => {
-                self.last_heard = now;
+                self.heard(now);
                 self.phase = Phase::Receiving;
                 self.expect_lanes(now);
                 self.act(DestinationAction::Send(Message::Accept));
@@ -464,26 +502,26 @@ impl DestinationSession {
                 self.give_up(Error::Refused { peer, reason });
             }
             (Phase::Receiving, DestinationInput::RoundComplete { round, digest }) => {
-                self.last_heard = now;
+                self.heard(now);
                 self.rounds_complete = round.saturating_add(1);
                 self.digest = digest;
                 self.act(DestinationAction::Send(Message::RoundAck { round }));
                 self.check_complete();
             }
             (Phase::Verifying, DestinationInput::Verified { digest, took }) => {
-                self.last_heard = now;
+                self.heard(now);
                 self.prepared.full_digest = Some(digest);
                 self.prepared.verify_us = took.as_micros() as u64;
                 self.load();
             }
             (Phase::Loading, DestinationInput::Loaded { took }) => {
-                self.last_heard = now;
+                self.heard(now);
                 self.prepared.load_us = took.as_micros() as u64;
                 self.phase = Phase::Ready;
                 self.act(DestinationAction::Send(Message::Prepared(self.prepared)));
             }
             (Phase::Starting, DestinationInput::Started { took }) => {
-                self.last_heard = now;
+                self.heard(now);
                 self.phase = Phase::AwaitDone;
                 let resume_us = took.as_micros() as u64;
                 self.act(DestinationAction::Send(Message::Running { resume_us }));
@@ -493,24 +531,44 @@ impl DestinationSession {
         }
     }
 
-    fn on_failure(&mut self, error: Error) {
+    fn on_failure(&mut self, now: Duration, error: Error) {
         match self.phase {
-            Phase::Ready | Phase::Starting => {
-                // No vCPU has run (the contract of `commit`), so the guest can go back for good; the
-                // source may have sent Commit, so only this answer tells it.
-                self.give_up(error);
+            Phase::Starting => {
+                // No vCPU has run (the contract of `commit`), so the guest can go back for good.
+                self.give_back(error);
                 self.act(DestinationAction::Send(Message::Settled(Owner::Source)));
+                if !self.link_up {
+                    self.lost_at = now;
+                }
             }
-            Phase::Ended | Phase::AwaitDone => {}
+            // Nothing was promised that this could break; at worst nobody can ask any more.
+            Phase::Ready => self.lose_link(now, error),
+            Phase::Ended | Phase::AwaitDone | Phase::GivenBack => {}
             _ => self.refuse_on(error),
+        }
+    }
+
+    /// Only before all lanes are in is the door needed.
+    fn on_door_broken(&mut self, error: Error) {
+        let lanes_missing = self.lanes_seen.iter().any(|seen| !seen);
+        match self.phase {
+            Phase::Waiting | Phase::AwaitOffer | Phase::MakingRoom => self.refuse_on(error),
+            Phase::Receiving if lanes_missing => self.refuse_on(error),
+            _ => {}
         }
     }
 
     // ---- failures ----
 
-    fn cancel(&mut self) {
+    fn cancel(&mut self, now: Duration) {
         match self.phase {
-            Phase::Ready | Phase::Starting | Phase::AwaitDone | Phase::Ended => {}
+            // It may be too late for the source; being asked settles it.
+            Phase::Ready if self.link_up => self.lose_link(now, Error::Cancelled),
+            Phase::Ready => self.end(Outcome::Undecided(Error::Cancelled)),
+            Phase::AwaitDone if self.confirming => self.end(Outcome::DestinationOwns(Error::Cancelled)),
+            Phase::AwaitDone => self.end(Outcome::HandedOver),
+            Phase::GivenBack => self.phase = Phase::Ended,
+            Phase::Starting | Phase::Ended => {}
             _ => self.refuse_on(Error::Cancelled),
         }
     }
@@ -524,9 +582,16 @@ impl DestinationSession {
         self.give_up(error);
     }
 
+    /// The guest is the source's, for good, and the source does not know it yet.
+    fn give_back(&mut self, error: Error) {
+        self.give_up(error);
+        self.phase = Phase::GivenBack;
+    }
+
     /// The guest is the source's, for good.
     fn give_up(&mut self, error: Error) {
         if !self.gave_up && self.phase != Phase::Waiting && self.phase != Phase::AwaitOffer {
+            self.act(DestinationAction::StopPlacing);
             self.act(DestinationAction::AbortVm);
             self.act(DestinationAction::Notify(Event::Aborted));
         }
@@ -547,7 +612,7 @@ impl DestinationSession {
         match self.phase {
             Phase::Waiting | Phase::Ended => {}
             Phase::AwaitOffer => self.forget_source(),
-            Phase::Ready | Phase::Starting | Phase::AwaitDone => {
+            Phase::Ready | Phase::Starting | Phase::AwaitDone | Phase::GivenBack => {
                 if self.link_up {
                     self.link_up = false;
                     self.lost_at = now;
@@ -584,14 +649,30 @@ impl DestinationSession {
             }
             _ if self.link_up => {
                 let peer = self.peer.clone();
-                self.lose_link(now, Error::PeerSilent { peer, what: "said anything", silence });
+                let (what, silence) = if now >= self.last_heard.saturating_add(self.setup.config.peer_timeout) {
+                    ("said anything", silence)
+                } else {
+                    ("made any progress", now.saturating_sub(self.last_progress))
+                };
+                self.lose_link(now, Error::PeerSilent { peer, what, silence });
             }
+            Phase::AwaitDone if self.confirming => self.end(Outcome::DestinationOwns(Error::NoSource(silence))),
             Phase::AwaitDone => self.end(Outcome::HandedOver),
+            Phase::GivenBack => self.phase = Phase::Ended,
             _ => {
                 let error = self.link_error.take().unwrap_or(Error::NoSource(silence));
                 self.end(Outcome::Undecided(error));
             }
         }
+    }
+
+    fn heard(&mut self, now: Duration) {
+        (self.last_heard, self.last_progress) = (now, now);
+    }
+
+    /// A source that is alive may still hang in its VMM.
+    fn stall_deadline(&self) -> Duration {
+        self.last_progress.saturating_add(self.setup.config.peer_timeout.saturating_mul(WORK_FACTOR))
     }
 
     fn act(&mut self, action: DestinationAction) {

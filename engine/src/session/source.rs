@@ -94,6 +94,8 @@ pub enum SourceInput {
     LinkLost(Error),
     /// A data lane broke.
     DataLaneLost(Error),
+    /// The VMM cannot throttle.
+    ThrottleRefused,
     /// The user wants the end.
     Cancel,
     /// The user wants the switch-over.
@@ -124,7 +126,7 @@ pub enum SourceAction {
     Acknowledge,
     /// Take dirty bits; answer `Harvested` or `Failed`.
     Harvest(Point),
-    /// Slow the vCPUs down by so many per cent. A failure is no reason to stop.
+    /// Slow the vCPUs down by so many per cent; `ThrottleRefused` if the VMM cannot.
     Throttle(u8),
     /// Stop the guest; answer `Paused` or `Failed`.
     Pause,
@@ -200,6 +202,8 @@ pub struct SourceSession {
     settle_error: Option<Error>,
     /// A data lane's end, and until when the control lane may still tell the reason.
     lane_loss: Option<(Error, Duration)>,
+    /// Only here to ask about an earlier migration.
+    asking: bool,
 }
 
 impl SourceSession {
@@ -236,6 +240,7 @@ impl SourceSession {
             settle_retry_at: Duration::ZERO,
             settle_error: None,
             lane_loss: None,
+            asking: false,
         };
         session.act(SourceAction::Dial);
         session
@@ -246,6 +251,7 @@ impl SourceSession {
         let mut session = Self::new(setup);
         session.actions.clear();
         session.pause_ordered = true;
+        session.asking = true;
         session.state = State::AwaitRunning;
         session.lose_link(Duration::ZERO, error);
         session
@@ -272,7 +278,9 @@ impl SourceSession {
     pub fn poll_timeout(&self) -> Option<Duration> {
         match self.state {
             State::Ended => None,
-            State::Settling => Some(self.settle_retry_at.min(self.settle_since + self.setup.config.settle_window)),
+            State::Settling => {
+                Some(self.settle_retry_at.min(self.settle_since.saturating_add(self.setup.config.settle_window)))
+            }
             _ => {
                 let total = if self.guest_runs() { self.setup.config.timeout } else { Duration::MAX };
                 let lane_loss = self.lane_loss.as_ref().map_or(Duration::MAX, |(_, deadline)| *deadline);
@@ -317,6 +325,7 @@ impl SourceSession {
             SourceInput::DataLaneLost(error) => self.lose_data_lane(now, error),
             SourceInput::Cancel => self.cancel(now),
             SourceInput::SwitchOverNow => self.force_switch(),
+            SourceInput::ThrottleRefused => self.forget_throttle(),
             SourceInput::DowntimeLimit(limit) => self.setup.config.downtime_limit = limit,
             SourceInput::Message(message) => {
                 self.last_heard = now;
@@ -404,8 +413,6 @@ impl SourceSession {
         self.round_flushed = true;
         self.round.tally = *tally;
         self.digest = self.digest.plus(tally.digest);
-        self.report.pages_sent += tally.pages - tally.zero_pages;
-        self.report.pages_zero += tally.zero_pages;
         match self.state {
             State::Sending => self.end_running_round(now),
             State::Draining => self.drain(now),
@@ -439,8 +446,14 @@ impl SourceSession {
             max_throttle: self.setup.config.max_throttle.min(99),
         };
         self.record(round.clone());
-        let too_many = self.round.number + 1 >= MAX_ROUNDS;
-        let decision = if self.switch_forced || too_many || !self.setup.run {
+        if self.round.number + 3 >= MAX_ROUNDS && !self.switch_forced {
+            // As good as a timeout: the report of such a migration must not grow for ever.
+            self.time_out(now);
+            if self.state == State::Ended {
+                return;
+            }
+        }
+        let decision = if self.switch_forced || !self.setup.run {
             Decision::SwitchOver
         } else {
             self.setup.policy.decide(&round, &situation)
@@ -451,12 +464,19 @@ impl SourceSession {
             Decision::Throttle(percent) => {
                 let percent = percent.min(situation.max_throttle);
                 self.report.throttle_peak = self.report.throttle_peak.max(percent);
-                self.act(SourceAction::Throttle(percent));
                 self.act(SourceAction::Notify(Event::Throttled(percent)));
+                self.act(SourceAction::Throttle(percent));
                 self.throttle = percent;
                 self.begin_running_round(now);
             }
         }
+    }
+
+    /// A VMM that cannot throttle is not asked again.
+    fn forget_throttle(&mut self) {
+        self.setup.config.max_throttle = 0;
+        self.throttle = 0;
+        self.report.throttle_peak = 0;
     }
 
     fn begin_running_round(&mut self, now: Duration) {
@@ -574,13 +594,7 @@ impl SourceSession {
             }
             (State::AwaitRunning | State::Settling, Message::Running { resume_us }) => self.handed_over(now, resume_us),
             (State::AwaitRunning | State::Settling, Message::Settled(Owner::Destination)) => self.handed_over(now, 0),
-            (State::AwaitRunning | State::Settling, Message::Settled(Owner::Source)) => {
-                let error = self.settle_error.take().unwrap_or(Error::PeerAborted {
-                    peer: self.peer.clone(),
-                    reason: "it could not take the guest over".to_owned(),
-                });
-                self.keep_guest(error);
-            }
+            (State::AwaitRunning | State::Settling, Message::Settled(Owner::Source)) => self.given_back(),
             // Not before Commit: afterwards only Settled and Running decide.
             (State::AwaitRunning | State::Settling, _) => {}
             (_, Message::Settled(Owner::Source)) => {
@@ -641,6 +655,15 @@ impl SourceSession {
         }
     }
 
+    /// The destination has let go of the guest for good.
+    fn given_back(&mut self) {
+        let (peer, reason) = (self.peer.clone(), "it gave the guest back".to_owned());
+        let given_back = Error::PeerAborted { peer, reason };
+        let error = if self.asking { given_back } else { self.settle_error.take().unwrap_or(given_back) };
+        self.act(SourceAction::Send(Message::Done));
+        self.keep_guest(error);
+    }
+
     fn handed_over(&mut self, now: Duration, resume_us: u64) {
         if let Some(prepared) = self.prepared {
             self.report.downtime = self.standstill.parts(&prepared, now, resume_us);
@@ -655,7 +678,9 @@ impl SourceSession {
     // ---- failures ----
 
     fn cancel(&mut self, now: Duration) {
-        if !self.committed() {
+        if self.asking {
+            self.end(Outcome::Undecided(Error::Cancelled));
+        } else if !self.committed() {
             self.fail(now, Error::Cancelled);
         }
     }
@@ -779,7 +804,7 @@ impl SourceSession {
     }
 
     fn check_settling(&mut self, now: Duration) {
-        if now >= self.settle_since + self.setup.config.settle_window {
+        if now >= self.settle_since.saturating_add(self.setup.config.settle_window) {
             let error = self.settle_error.take().unwrap_or_else(|| self.silent("answered", Duration::ZERO));
             if self.throttle > 0 {
                 self.act(SourceAction::Throttle(0));
@@ -802,7 +827,7 @@ impl SourceSession {
 
     /// Working for the VMM (making room, loading state) may take longer than a sign of life.
     fn stall_deadline(&self) -> Duration {
-        self.last_progress.saturating_add(self.setup.config.peer_timeout * WORK_FACTOR)
+        self.last_progress.saturating_add(self.setup.config.peer_timeout.saturating_mul(WORK_FACTOR))
     }
 
     // ---- small things ----

@@ -57,6 +57,9 @@ fn move_over(mut source: LiveGuest) -> (PipeWriter, LiveGuest, Receiver<String>)
     source.pause().unwrap();
     let mut state = Vec::new();
     source.save(&mut state).unwrap();
+    let (bytes, estimate) = (state.len() as u64, source.state_bytes_estimate());
+    println!("{bytes} bytes of state, {estimate} expected");
+    assert!((estimate / 2..=estimate * 2).contains(&bytes), "{bytes} bytes of state, {estimate} expected");
     copy(&*memory, &*arrived);
     destination.load(&mut &state[..]).unwrap();
     drop(source);
