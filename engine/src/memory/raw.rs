@@ -173,7 +173,10 @@ unsafe fn leading_zeros_avx2(source: *const u8) -> usize {
     let vectors = source.cast::<__m256i>();
     for line in 0..NEXT_PAGE_LINES {
         // SAFETY: a prefetch may name any address.
-        unsafe { _mm_prefetch::<_MM_HINT_T0>(source.wrapping_add(PAGE_SIZE + line * 64).cast()) };
+        #[allow(unused_unsafe)] // safe from Rust 1.90 or so on
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(source.wrapping_add(PAGE_SIZE + line * 64).cast());
+        }
     }
     for block in 0..PAGE_SIZE / 128 {
         // SAFETY: four 32-byte loads inside the page; pages are 32-byte aligned.
