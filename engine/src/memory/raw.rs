@@ -172,8 +172,8 @@ unsafe fn leading_zeros_avx2(source: *const u8) -> usize {
     #[allow(clippy::cast_ptr_alignment)] // pages are aligned to far more
     let vectors = source.cast::<__m256i>();
     for line in 0..NEXT_PAGE_LINES {
+        #[allow(unused_unsafe)] // safe in later versions of Rust
         // SAFETY: a prefetch may name any address.
-        #[allow(unused_unsafe)] // safe from Rust 1.90 or so on
         unsafe {
             _mm_prefetch::<_MM_HINT_T0>(source.wrapping_add(PAGE_SIZE + line * 64).cast());
         }
