@@ -31,10 +31,17 @@ use crate::world::Context;
 #[derive(Debug)]
 enum Heard {
     Greeted(LaneId, Greeting),
+    /// From a lane of this generation; of an older one it means nothing any more.
+    Lane(u64, LaneHeard),
+    Hashed(Digest, Duration),
+}
+
+/// What the threads of a lane tell the driver.
+#[derive(Debug)]
+enum LaneHeard {
     Received(Received),
     ControlBroken(Error),
     ControlSent,
-    Hashed(Digest, Duration),
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -73,10 +80,14 @@ pub(crate) struct DestinationHost {
     room: Option<Room>,
     receivers: Vec<Receiver>,
     senders: Vec<Sender>,
+    /// Of which generation each sending thread is.
+    generations: Vec<u64>,
     shared: Shared,
     control: Option<usize>,
+    /// Counts control lanes.
+    generation: u64,
     opened: Vec<LaneId>,
-    progress_heard: u64,
+    frames_heard: u64,
     cancel: bool,
     cancel_told: bool,
     work: Option<DestinationAction>,
@@ -105,10 +116,12 @@ impl DestinationHost {
             room: None,
             receivers: Vec::new(),
             senders: Vec::new(),
+            generations: Vec::new(),
             shared: Shared::default(),
             control: None,
+            generation: 0,
             opened: Vec::new(),
-            progress_heard: 0,
+            frames_heard: 0,
             cancel: false,
             cancel_told: false,
             work: None,
@@ -182,8 +195,8 @@ impl DestinationHost {
     }
 
     fn tell_time(&mut self, ctx: &mut Context) {
-        let progress = self.shared.progress;
-        let heard = std::mem::replace(&mut self.progress_heard, progress) != progress;
+        let frames = self.receivers.iter().map(|receiver| receiver.frames).sum();
+        let heard = std::mem::replace(&mut self.frames_heard, frames) != frames;
         self.tell(ctx, if heard { DestinationInput::Heard } else { DestinationInput::Tick });
     }
 
@@ -242,16 +255,10 @@ impl DestinationHost {
                 let peer = "the source".to_owned();
                 DestinationInput::Greeted { lane: LaneKey(lane as u64), greeting, peer }
             }
-            Heard::Received(Received::Message(message)) => DestinationInput::Message(message),
-            Heard::Received(Received::RoundComplete(round, digest)) => {
-                DestinationInput::RoundComplete { round, digest }
-            }
-            Heard::Received(Received::PlacingFailed(error)) => DestinationInput::Failed(error),
-            Heard::Received(Received::ControlBroken(error)) | Heard::ControlBroken(error) => {
-                DestinationInput::LinkLost(error)
-            }
-            Heard::Received(Received::DataLaneBroken(error)) => DestinationInput::DataLaneLost(error),
-            Heard::ControlSent => return,
+            Heard::Lane(generation, _) if generation != self.generation => return,
+            Heard::Lane(_, LaneHeard::Received(received)) => input_of(received),
+            Heard::Lane(_, LaneHeard::ControlBroken(error)) => DestinationInput::LinkLost(error),
+            Heard::Lane(_, LaneHeard::ControlSent) => return,
             Heard::Hashed(digest, took) => DestinationInput::Verified { digest, took },
         };
         self.tell(ctx, input);
@@ -428,14 +435,16 @@ impl DestinationHost {
         }
         self.opened.push(lane);
         let role = if let GreetingRole::Data(index) = role { LaneRole::Data(index) } else { LaneRole::Control };
-        self.receivers.push(Receiver::new(lane, role));
         if role == LaneRole::Control {
+            self.generation += 1;
             self.replace_control(ctx);
             let mut sender = Sender::new(self.id, self.senders.len(), End::Destination, lane, role);
             sender.wake(ctx);
             self.control = Some(self.senders.len());
             self.senders.push(sender);
+            self.generations.push(self.generation);
         }
+        self.receivers.push(Receiver::new(lane, role, self.generation));
         ctx.clock.after(Duration::ZERO, Event::Readable(lane, End::Destination));
     }
 
@@ -457,6 +466,7 @@ impl DestinationHost {
     }
 
     fn close_lanes(&mut self, ctx: &mut Context) {
+        self.generation += 1;
         self.replace_control(ctx);
         for lane in self.opened.drain(..) {
             ctx.network.close(&mut ctx.clock, lane, End::Destination);
@@ -485,7 +495,8 @@ impl DestinationHost {
 
     pub(crate) fn on_receiver(&mut self, ctx: &mut Context, index: usize) {
         while let Some(received) = self.receivers[index].run(ctx, &mut self.room) {
-            self.hear(ctx, Heard::Received(received));
+            let generation = self.receivers[index].generation;
+            self.hear(ctx, Heard::Lane(generation, LaneHeard::Received(received)));
         }
         let Some(room) = &mut self.room else { return };
         self.shared.progress = room.progress;
@@ -504,20 +515,21 @@ impl DestinationHost {
 
     pub(crate) fn on_sender(&mut self, ctx: &mut Context, index: usize) {
         let said = self.senders[index].run(ctx, &mut self.shared);
-        self.on_said(ctx, said);
+        self.on_said(ctx, index, said);
     }
 
     pub(crate) fn on_heartbeat(&mut self, ctx: &mut Context, index: usize, since: u64) {
         let said = self.senders[index].beat(ctx, &self.shared, since);
-        self.on_said(ctx, said);
+        self.on_said(ctx, index, said);
     }
 
-    fn on_said(&mut self, ctx: &mut Context, said: Option<Said>) {
-        match said {
-            Some(Said::AllSent) => self.hear(ctx, Heard::ControlSent),
-            Some(Said::Broken(error)) => self.hear(ctx, Heard::ControlBroken(error)),
-            Some(Said::Flushed(_)) | None => {}
-        }
+    fn on_said(&mut self, ctx: &mut Context, index: usize, said: Option<Said>) {
+        let heard = match said {
+            Some(Said::AllSent) => LaneHeard::ControlSent,
+            Some(Said::Broken(error)) => LaneHeard::ControlBroken(error),
+            Some(Said::Flushed(_)) | None => return,
+        };
+        self.hear(ctx, Heard::Lane(self.generations[index], heard));
     }
 
     pub(crate) fn on_writable(&mut self, ctx: &mut Context, lane: LaneId) {
@@ -543,10 +555,12 @@ impl DestinationHost {
 
     fn hear_farewell(&mut self, ctx: &mut Context) {
         while let Some(heard) = self.inbox.pop_front() {
-            if matches!(
+            let Heard::Lane(generation, heard) = heard else { continue };
+            let ended = matches!(
                 heard,
-                Heard::ControlSent | Heard::ControlBroken(_) | Heard::Received(Received::ControlBroken(_))
-            ) {
+                LaneHeard::ControlSent | LaneHeard::ControlBroken(_) | LaneHeard::Received(Received::ControlBroken(_))
+            );
+            if ended && generation == self.generation {
                 return self.close(ctx);
             }
         }
@@ -567,6 +581,16 @@ impl DestinationHost {
         for lane in std::mem::take(&mut self.greeted) {
             ctx.network.close(&mut ctx.clock, lane, End::Destination);
         }
+    }
+}
+
+fn input_of(received: Received) -> DestinationInput {
+    match received {
+        Received::Message(message) => DestinationInput::Message(message),
+        Received::RoundComplete(round, digest) => DestinationInput::RoundComplete { round, digest },
+        Received::PlacingFailed(error) => DestinationInput::Failed(error),
+        Received::ControlBroken(error) => DestinationInput::LinkLost(error),
+        Received::DataLaneBroken(error) => DestinationInput::DataLaneLost(error),
     }
 }
 

@@ -65,6 +65,10 @@ pub(crate) enum Fault {
     CancelSource,
     /// The user cancels at the destination.
     CancelDestination,
+    /// The user wants the switch-over now.
+    SwitchOver,
+    /// The user changes the downtime limit.
+    DowntimeLimit(Duration),
 }
 
 impl Fault {
@@ -81,6 +85,8 @@ impl Fault {
             Self::Kill { restart: false } => "kill destination",
             Self::CancelSource => "cancel at source",
             Self::CancelDestination => "cancel at destination",
+            Self::SwitchOver => "switch over now",
+            Self::DowntimeLimit(_) => "new downtime limit",
         }
     }
 
@@ -105,9 +111,4 @@ pub(crate) enum Call {
     Prepare,
     Load,
     Commit,
-}
-
-/// Whether a fault counts as the user's wish rather than a failure.
-pub(crate) fn is_wish(fault: &Fault) -> bool {
-    matches!(fault, Fault::CancelSource | Fault::CancelDestination)
 }

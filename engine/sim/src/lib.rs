@@ -4,13 +4,18 @@
 //! decides everything, so a run that breaks a rule can be replayed.
 #![deny(unsafe_code)]
 
+mod campaign;
+mod canary;
 mod clock;
 mod destination;
+mod exhaustive;
 mod fault;
 mod guest;
 mod network;
 mod random;
 mod receiver;
+#[cfg(test)]
+mod regressions;
 mod run;
 mod scenario;
 mod sender;
@@ -20,5 +25,7 @@ mod verify;
 mod vm;
 mod world;
 
+pub use campaign::{Failure, Statistics, run_seeds};
+pub use canary::{CanaryResult, run_canaries};
+pub use exhaustive::{run_case, run_exhaustive};
 pub use run::{Ending, RunResult, run_seed};
-pub use scenario::Canary;

@@ -87,6 +87,8 @@ pub(crate) struct SentFrame {
     pub(crate) number: u64,
     pub(crate) kind: Kind,
     pub(crate) len: u64,
+    /// Sent between the guest's last step at the source and the end.
+    pub(crate) guest_stands: bool,
 }
 
 enum Segment {
@@ -159,6 +161,8 @@ pub(crate) struct Network {
     kinds_sent: [u64; 32],
     frames: u64,
     pub(crate) log: Option<Vec<SentFrame>>,
+    /// The source's guest has been paused.
+    pub(crate) guest_stands: bool,
 }
 
 impl Network {
@@ -173,6 +177,7 @@ impl Network {
             kinds_sent: [0; 32],
             frames: 0,
             log: None,
+            guest_stands: false,
         }
     }
 
@@ -199,6 +204,11 @@ impl Network {
     /// Faults that have struck.
     pub(crate) fn struck(&self) -> impl Iterator<Item = Fault> {
         self.armed.iter().filter(|armed| armed.fired).map(|armed| armed.fault)
+    }
+
+    /// How many frames of a kind were sent.
+    pub(crate) fn sent(&self, kind: Kind) -> u64 {
+        self.kinds_sent[kind as usize % 32]
     }
 
     /// From here on nothing goes wrong any more, and what was silent is dead.
@@ -418,7 +428,8 @@ impl Network {
     fn record(&mut self, number: u64, frame: &[u8]) {
         if let Some(log) = &mut self.log {
             if let Ok(header) = pageferry::wire::Header::decode(&frame[..HEADER_LEN]) {
-                log.push(SentFrame { number, kind: header.kind, len: frame.len() as u64 });
+                let (len, guest_stands) = (frame.len() as u64, self.guest_stands);
+                log.push(SentFrame { number, kind: header.kind, len, guest_stands });
             }
         }
     }

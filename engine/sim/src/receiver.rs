@@ -46,6 +46,10 @@ pub(crate) struct Room {
 /// A receiving thread.
 pub(crate) struct Receiver {
     pub(crate) lane: LaneId,
+    /// Of which control lane's time it is.
+    pub(crate) generation: u64,
+    /// Frames that came, however they are taken: signs of life.
+    pub(crate) frames: u64,
     role: LaneRole,
     index: u16,
     next: u64,
@@ -68,10 +72,12 @@ enum Step {
 }
 
 impl Receiver {
-    pub(crate) fn new(lane: LaneId, role: LaneRole) -> Self {
+    pub(crate) fn new(lane: LaneId, role: LaneRole, generation: u64) -> Self {
         let index = if let LaneRole::Data(index) = role { index } else { 0 };
         Self {
             lane,
+            generation,
+            frames: 0,
             role,
             index,
             next: 1,
@@ -121,6 +127,7 @@ impl Receiver {
                 return Err(invalid(self.role, WireError::Sequence { expected: self.next, found }));
             }
             self.next += 1;
+            self.frames += 1;
         }
         let header = self.header()?;
         match header.kind {

@@ -2,12 +2,13 @@
 //! undecided once both sides can talk again, and a second migration on a healthy network, which has
 //! to succeed.
 
+use std::fmt;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pageferry::config::OnTimeout;
 use pageferry::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome};
-use pageferry::wire::{Greeting, GreetingRole, Message, Owner, SessionId};
+use pageferry::wire::{Greeting, GreetingRole, Kind, Message, Owner, SessionId};
 use pageferry::{DestinationConfig, Error, SourceConfig};
 
 use crate::clock::Clock;
@@ -44,18 +45,34 @@ pub enum Ending {
     Lost,
 }
 
+impl fmt::Display for Ending {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Completed => "completed",
+            Self::Cancelled => "cancelled",
+            Self::Failed => "failed, the guest stays at the source",
+            Self::SettledSource => "undecided, then settled to the source",
+            Self::SettledDestination => "undecided, then settled to the destination",
+            Self::Undecided => "undecided, the destination is dead",
+            Self::Lost => "handed over, then the destination died",
+        })
+    }
+}
+
 /// What a run has shown.
 #[derive(Clone, Debug, serde::Serialize)]
 #[non_exhaustive]
 pub struct RunResult {
-    /// The seed.
-    pub seed: u64,
+    /// Which run.
+    pub name: String,
     /// The first rule that was broken; `None` when all held.
     pub violation: Option<String>,
     /// How it ended; `None` when a rule was broken before.
     pub ending: Option<Ending>,
     /// What went wrong by plan, by kind.
     pub faults: Vec<String>,
+    /// A side asked who owns the guest, and was answered.
+    pub answered: bool,
     /// A hash of everything that happened: equal in every replay.
     pub trace: u64,
     /// Events handled.
@@ -64,8 +81,6 @@ pub struct RunResult {
     pub virtual_ms: u64,
     #[serde(skip)]
     pub(crate) frames: Vec<SentFrame>,
-    #[serde(skip)]
-    pub(crate) endings: Option<(String, String)>,
 }
 
 /// Runs a seed.
@@ -81,8 +96,13 @@ pub(crate) fn run(scenario: &Scenario, print: bool, log: bool) -> RunResult {
         Err(error) => return failed_to_start(scenario, &error),
     };
     let clock = Clock::new(random, Trace::new(print));
-    let mut run =
-        Run { world: World::new(scenario, clock, guest), scenario, ending: None, frames: Vec::new(), endings: None };
+    let mut run = Run {
+        world: World::new(scenario, clock, guest),
+        scenario,
+        ending: None,
+        frames: Vec::new(),
+        passed: Duration::ZERO,
+    };
     run.world.ctx.network.log = log.then(Vec::new);
     let verdict = run.all_phases();
     run.result(verdict.err())
@@ -90,15 +110,15 @@ pub(crate) fn run(scenario: &Scenario, print: bool, log: bool) -> RunResult {
 
 fn failed_to_start(scenario: &Scenario, error: &std::io::Error) -> RunResult {
     RunResult {
-        seed: scenario.seed,
+        name: scenario.name.clone(),
         violation: Some(format!("the simulator could not make guest memory: {error}")),
         ending: None,
         faults: Vec::new(),
+        answered: false,
         trace: 0,
         steps: 0,
         virtual_ms: 0,
         frames: Vec::new(),
-        endings: None,
     }
 }
 
@@ -116,7 +136,8 @@ struct Run<'a> {
     scenario: &'a Scenario,
     ending: Option<Ending>,
     frames: Vec<SentFrame>,
-    endings: Option<(String, String)>,
+    /// Virtual time of the first migration, once the second has begun.
+    passed: Duration,
 }
 
 /// A broken rule ends the run.
@@ -138,15 +159,15 @@ impl Run<'_> {
         let faults = self.world.ctx.network.struck().map(|fault| fault.name().to_owned());
         let failed = lock(&self.world.guest).failed_calls.clone();
         RunResult {
-            seed: self.scenario.seed,
+            name: self.scenario.name.clone(),
+            answered: self.world.ctx.network.sent(Kind::Settled) > 0,
             ending: self.ending.filter(|_| violation.is_none()),
             violation,
             faults: faults.chain(failed.iter().map(|call| format!("{call:?} fails"))).collect(),
             trace: clock.trace.hash(),
             steps: clock.steps,
-            virtual_ms: clock.now.as_millis() as u64,
+            virtual_ms: (self.passed + clock.now).as_millis() as u64,
             frames: self.frames,
-            endings: self.endings,
         }
     }
 
@@ -199,7 +220,6 @@ impl Run<'_> {
         let scenario = self.scenario;
         let source = self.world.source.outcome();
         let destination = self.world.destination.as_ref().and_then(|host| host.outcome());
-        self.endings = Some((format!("{source:?}"), format!("{destination:?}")));
         let mut guest = lock(&self.world.guest);
         for outcome in [source, destination].into_iter().flatten() {
             check_error(outcome, self.world.ctx.network.struck())?;
@@ -328,7 +348,6 @@ impl Run<'_> {
         let mut scenario = self.scenario.clone();
         scenario.faults.clear();
         scenario.visits.clear();
-        scenario.switch_over_at = None;
         scenario.vm.failures.clear();
         scenario.canary = None;
         scenario.config = SourceConfig::default();
@@ -343,6 +362,7 @@ impl Run<'_> {
         let mut clock = Clock::new(random, trace);
         clock.note("world", "again", || "a second migration, on a healthy network".to_owned());
         let (steps, guest) = (self.world.ctx.clock.steps, Arc::clone(&self.world.guest));
+        self.passed = self.world.ctx.clock.now;
         let mut world = World::new(&scenario, clock, guest);
         world.start();
         let before = std::mem::replace(&mut self.world, world);
@@ -383,17 +403,18 @@ fn check_source(guest: &mut Guest) -> Verdict {
     guest.violation.take().map_or(Ok(()), Err)
 }
 
-/// Errors that only a bug, or damage on the way, can cause.
+/// Errors that only a bug can cause, or damage on the way. A damaged round number, which is compared
+/// before the pages behind it are checked, looks like misbehaviour.
 fn check_error(outcome: &Outcome, mut struck: impl Iterator<Item = Fault>) -> Verdict {
     let (Outcome::SourceOwns(error) | Outcome::DestinationOwns(error) | Outcome::Undecided(error)) = outcome else {
         return Ok(());
     };
     let told = |what: &str| matches!(error, Error::PeerAborted { reason, .. } if reason.contains(what));
     let bug =
-        matches!(error, Error::Bug(_) | Error::DigestMismatch { .. } | Error::PeerMisbehaved { .. } | Error::Memory(_))
-            || told("misbehaved")
-            || told("memory differs");
-    let invalid = matches!(error, Error::InvalidMessage { .. }) || told("invalid data");
+        matches!(error, Error::Bug(_) | Error::DigestMismatch { .. } | Error::Memory(_)) || told("memory differs");
+    let invalid = matches!(error, Error::InvalidMessage { .. } | Error::PeerMisbehaved { .. })
+        || told("invalid data")
+        || told("misbehaved");
     if bug || (invalid && !struck.any(|fault| matches!(fault, Fault::Flip { .. }))) {
         return Err(format!("an error that must not be: {error}"));
     }

@@ -63,7 +63,7 @@ pub(crate) struct VmPlan {
 
 /// A wrong engine that the checkers must find out.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum Canary {
+pub(crate) enum Canary {
     /// The dirty tracker never reports one page that was written.
     LostDirtyBit,
     /// The destination starts the guest when it is prepared, without waiting for Commit.
@@ -90,6 +90,8 @@ pub(crate) enum Visit {
 /// One run, as planned.
 #[derive(Clone, Debug)]
 pub(crate) struct Scenario {
+    pub(crate) name: String,
+    /// Where chance begins: delays, splits, the guest's content.
     pub(crate) seed: u64,
     pub(crate) layout: Layout,
     /// Pages of the guest that hold something, in per cent.
@@ -108,7 +110,6 @@ pub(crate) struct Scenario {
     pub(crate) vm: VmPlan,
     pub(crate) faults: Vec<(Trigger, Fault)>,
     pub(crate) visits: Vec<(Duration, Visit)>,
-    pub(crate) switch_over_at: Option<Duration>,
     pub(crate) canary: Option<Canary>,
 }
 
@@ -129,6 +130,7 @@ impl Scenario {
         }
         let visits = if dice.chance(10) { vec![(dice.micros(1..=50_000), visit(&mut dice))] } else { Vec::new() };
         Self {
+            name: format!("seed {seed}"),
             seed,
             filled: dice.pick(&[0, 10, 60, 100]),
             runs: !dice.chance(5),
@@ -137,7 +139,6 @@ impl Scenario {
             tears: dice.chance(50),
             knows_populated: dice.chance(80),
             random_policy: dice.chance(30),
-            switch_over_at: dice.chance(5).then(|| dice.micros(1..=1_000_000)),
             layout,
             config,
             destination_config,
@@ -145,6 +146,42 @@ impl Scenario {
             vm,
             faults,
             visits,
+            canary: None,
+        }
+    }
+
+    /// A small migration without haste in which nothing goes wrong: for whoever wants one thing to.
+    pub(crate) fn calm(name: &str, layout: Layout) -> Self {
+        let mut config = SourceConfig::default();
+        config.lanes = 0;
+        config.peer_timeout = Duration::from_secs(2);
+        config.settle_window = Duration::from_secs(3);
+        let mut destination_config = DestinationConfig::default();
+        destination_config.peer_timeout = config.peer_timeout;
+        destination_config.settle_window = config.settle_window;
+        let latency = Duration::from_micros(200);
+        Self {
+            name: name.to_owned(),
+            seed: 1,
+            layout,
+            filled: 40,
+            runs: true,
+            pattern: Pattern { interval: Duration::from_millis(2), writes: 1, reach: 2, first: 5, gives_back: false },
+            tracking: Tracking { manual: false, initially_set: false, report: Report::Words, loses_a_bit: false },
+            tears: false,
+            knows_populated: true,
+            config,
+            destination_config,
+            random_policy: false,
+            link: Link {
+                latency: vec![latency],
+                bandwidth: vec![1_000_000_000],
+                jitter: Duration::from_micros(50),
+                capacity: 1 << 20,
+            },
+            vm: VmPlan { longest_call: Duration::from_millis(1), state_len: 40, save_writes: 1, failures: Vec::new() },
+            faults: Vec::new(),
+            visits: Vec::new(),
             canary: None,
         }
     }
@@ -220,13 +257,14 @@ fn source_config(random: &mut Random) -> SourceConfig {
     let mut config = SourceConfig::default();
     config.lanes = random.pick(&[0, 0, 1, 1, 2, 3, 4, 8]);
     config.downtime_limit = random.micros(100..=3_000_000);
-    config.timeout = Duration::from_millis(random.pick(&[50, 2_000, 20_000, 600_000, 3_600_000]));
+    config.timeout =
+        Duration::from_millis(random.pick(&[50, 2_000, 20_000, 600_000, 600_000, 600_000, 3_600_000, 3_600_000]));
     config.on_timeout = random.pick(&[OnTimeout::Cancel, OnTimeout::SwitchOver]);
     config.bandwidth = random.chance(15).then(|| random.log_within(1_000_000..=1_000_000_000));
     config.max_throttle = random.pick(&[0, 50, 99]);
     config.verify = random.pick(&[Verify::Digest, Verify::Full]);
     // 500 ms is the period of the signs of life: the deadline and the sign come together.
-    config.peer_timeout = Duration::from_millis(random.pick(&[500, 700, 2_000, 5_000, 10_000]));
+    config.peer_timeout = Duration::from_millis(random.pick(&[500, 700, 2_000, 5_000, 5_000, 10_000, 10_000]));
     config.settle_window = Duration::from_millis(random.pick(&[400, 3_000, 10_000, 30_000]));
     config
 }
@@ -235,7 +273,7 @@ fn destination_config(random: &mut Random, source: &SourceConfig) -> Destination
     let mut config = DestinationConfig::default();
     let same = random.chance(70);
     config.peer_timeout =
-        if same { source.peer_timeout } else { Duration::from_millis(random.pick(&[500, 2_000, 10_000])) };
+        if same { source.peer_timeout } else { Duration::from_millis(random.pick(&[500, 2_000, 10_000, 30_000])) };
     config.settle_window =
         if same { source.settle_window } else { Duration::from_millis(random.pick(&[400, 10_000, 30_000])) };
     config
@@ -258,7 +296,8 @@ fn link(random: &mut Random, config: &SourceConfig) -> Link {
 
 fn vm_plan(random: &mut Random) -> VmPlan {
     VmPlan {
-        longest_call: random.micros(1..=100_000),
+        // Some take longer than the peer may be silent.
+        longest_call: if random.chance(8) { random.micros(500_000..=8_000_000) } else { random.micros(1..=100_000) },
         state_len: random.pick(&[0, 1, 100, 5_000, 300_000, 600_000]),
         save_writes: random.pick(&[0, 0, 1, 3]),
         failures: Vec::new(),
@@ -266,39 +305,44 @@ fn vm_plan(random: &mut Random) -> VmPlan {
 }
 
 fn faults(random: &mut Random, config: &SourceConfig) -> Vec<(Trigger, Fault)> {
-    (0..random.pick(&[1, 1, 1, 2, 3])).map(|_| fault(random, config)).collect()
+    (0..random.pick(&[1, 1, 2, 2, 3])).map(|_| fault(random, config)).collect()
 }
 
 fn fault(random: &mut Random, config: &SourceConfig) -> (Trigger, Fault) {
     let fault = match random.below(100) {
-        0..=11 => Fault::Flip { offset: random.next(), mask: 1 << random.below(8) },
-        12..=22 => Fault::Truncate { bytes: random.next(), cut: cut(random, config) },
-        23..=57 => Fault::Cut(cut(random, config)),
-        58..=77 => stall(random, config),
-        78..=85 => Fault::Kill { restart: random.chance(50) },
-        86..=96 => Fault::CancelSource,
-        _ => Fault::CancelDestination,
+        0..=9 => Fault::Flip { offset: random.next(), mask: 1 << random.below(8) },
+        10..=19 => Fault::Truncate { bytes: random.next(), cut: cut(random, config) },
+        20..=49 => Fault::Cut(cut(random, config)),
+        50..=67 => stall(random, config),
+        68..=77 => Fault::Kill { restart: random.chance(50) },
+        78..=85 => Fault::CancelSource,
+        86..=89 => Fault::CancelDestination,
+        90..=95 => Fault::SwitchOver,
+        _ => Fault::DowntimeLimit(random.micros(100..=3_000_000)),
     };
     let trigger = match random.below(10) {
-        0..=1 if !fault.damages_frame() => Trigger::At(random.micros(10..=3_000_000)),
-        2..=3 if !fault.damages_frame() => Trigger::Arrived(which(random)),
-        _ => Trigger::Sent(which(random)),
+        0 if !fault.damages_frame() => Trigger::At(random.micros(10..=3_000_000)),
+        1..=4 if !fault.damages_frame() => Trigger::Arrived(which(random, config)),
+        _ => Trigger::Sent(which(random, config)),
     };
     (trigger, fault)
 }
 
-fn which(random: &mut Random) -> Which {
-    const HANDOVER: [Kind; 8] = [
+/// Most faults strike at the hand-over, where the owner changes.
+fn which(random: &mut Random, config: &SourceConfig) -> Which {
+    const HANDOVER: [Kind; 10] = [
         Kind::State,
         Kind::Finish,
         Kind::Prepared,
         Kind::Commit,
         Kind::Commit,
+        Kind::Commit,
         Kind::Running,
         Kind::Running,
         Kind::Done,
+        Kind::Settled,
     ];
-    const OTHERS: [Kind; 12] = [
+    const OTHERS: [Kind; 11] = [
         Kind::Greeting,
         Kind::Welcome,
         Kind::Offer,
@@ -308,13 +352,14 @@ fn which(random: &mut Random) -> Which {
         Kind::RoundEnd,
         Kind::RoundAck,
         Kind::Heartbeat,
-        Kind::Settled,
         Kind::Abort,
         Kind::Refuse,
     ];
     match random.below(10) {
-        0..=1 => Which::Number(random.below(60)),
-        2..=5 => Which::Kind(random.pick(&OTHERS), random.pick(&[0, 0, 1, 2, 5])),
+        0 => Which::Number(random.below(60)),
+        1..=2 => Which::Kind(random.pick(&OTHERS), random.pick(&[0, 0, 1, 2, 5])),
+        // The greetings after those of the first lanes ask who owns the guest.
+        3 => Which::Kind(Kind::Greeting, u64::from(config.lanes) + random.within(1..=2)),
         _ => Which::Kind(random.pick(&HANDOVER), 0),
     }
 }

@@ -8,7 +8,6 @@ use std::time::Duration;
 
 use pageferry::Error;
 use pageferry::batch::{Batch, Planner};
-use pageferry::config::Verify;
 use pageferry::digest::{Digest, DigestKey, HashTable, PageHasher};
 use pageferry::dirty::{Accumulator, DirtySink, DirtySource, Point};
 use pageferry::encode::{Encoder, Tally, populated_runs};
@@ -38,12 +37,19 @@ enum Heard {
     Dialled(LaneId),
     DialFailed(Error),
     LanesDialled(Vec<LaneId>),
-    Message(Message),
-    ControlBroken(Error),
-    ControlSent,
+    /// From a control lane; of one that was replaced it means nothing any more.
+    Control(LaneId, ControlHeard),
     DataLaneBroken(Error),
     LaneFlushed(Tally),
     Hashed(Digest),
+}
+
+/// What the threads of a control lane tell the driver.
+#[derive(Debug)]
+enum ControlHeard {
+    Message(Message),
+    Broken(Error),
+    Sent,
 }
 
 /// A receiving thread of a control lane.
@@ -61,6 +67,7 @@ struct Wishes {
     cancel_told: bool,
     switch_over: bool,
     switch_over_told: bool,
+    downtime_limit: Option<Duration>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -187,10 +194,6 @@ impl SourceHost {
         self.life == Life::Over
     }
 
-    pub(crate) fn session(&self) -> &SourceSession {
-        &self.session
-    }
-
     pub(crate) fn session_id(&self) -> SessionId {
         self.session_id
     }
@@ -202,6 +205,11 @@ impl SourceHost {
 
     pub(crate) fn switch_over(&mut self, ctx: &mut Context) {
         self.wishes.switch_over = true;
+        self.ring(ctx);
+    }
+
+    pub(crate) fn limit_downtime(&mut self, ctx: &mut Context, limit: Duration) {
+        self.wishes.downtime_limit = Some(limit);
         self.ring(ctx);
     }
 
@@ -254,17 +262,21 @@ impl SourceHost {
 
     /// Performs actions until there are none, a call takes time, or the session has ended; then waits.
     fn go_on(&mut self, ctx: &mut Context) {
-        while let Some(action) = self.session.poll_action() {
-            if !self.perform(ctx, action) {
-                return;
+        loop {
+            while let Some(action) = self.session.poll_action() {
+                if !self.perform(ctx, action) {
+                    return;
+                }
+            }
+            if self.session.outcome().is_some() {
+                return self.say_farewell(ctx);
+            }
+            self.hear_user(ctx);
+            self.plan(ctx);
+            if !self.session.has_actions() {
+                return self.await_more(ctx);
             }
         }
-        if self.session.outcome().is_some() {
-            return self.say_farewell(ctx);
-        }
-        self.hear_user(ctx);
-        self.plan(ctx);
-        self.await_more(ctx);
     }
 
     fn await_more(&mut self, ctx: &mut Context) {
@@ -306,6 +318,9 @@ impl SourceHost {
         if self.wishes.switch_over && !std::mem::replace(&mut self.wishes.switch_over_told, true) {
             self.tell(ctx, SourceInput::SwitchOverNow);
         }
+        if let Some(limit) = self.wishes.downtime_limit.take() {
+            self.tell(ctx, SourceInput::DowntimeLimit(limit));
+        }
         if self.wishes.cancel && !std::mem::replace(&mut self.wishes.cancel_told, true) {
             self.tell(ctx, SourceInput::Cancel);
         }
@@ -314,14 +329,20 @@ impl SourceHost {
     fn on_event(&mut self, ctx: &mut Context, heard: Heard) {
         match heard {
             Heard::Dialled(lane) => self.open_control(ctx, lane),
-            Heard::DialFailed(error) | Heard::ControlBroken(error) => self.tell(ctx, SourceInput::LinkLost(error)),
+            Heard::DialFailed(error) => self.tell(ctx, SourceInput::LinkLost(error)),
             Heard::LanesDialled(lanes) => self.open_lanes(ctx, lanes),
-            Heard::Message(message) => self.tell(ctx, SourceInput::Message(message)),
-            Heard::ControlSent => {}
+            Heard::Control(lane, _) if Some(lane) != self.control_lane() => {}
+            Heard::Control(_, ControlHeard::Message(message)) => self.tell(ctx, SourceInput::Message(message)),
+            Heard::Control(_, ControlHeard::Broken(error)) => self.tell(ctx, SourceInput::LinkLost(error)),
+            Heard::Control(_, ControlHeard::Sent) => {}
             Heard::DataLaneBroken(error) => self.tell(ctx, SourceInput::DataLaneLost(error)),
             Heard::LaneFlushed(tally) => self.on_flushed(ctx, &tally),
             Heard::Hashed(digest) => self.tell(ctx, SourceInput::FullDigest(digest)),
         }
+    }
+
+    fn control_lane(&self) -> Option<LaneId> {
+        self.control.map(|index| self.senders[index].lane)
     }
 
     // ---- performing ----
@@ -398,7 +419,10 @@ impl SourceHost {
                 }
                 None
             }
-            SourceAction::Pause => Some(or_failed("pause the guest", self.pause())),
+            SourceAction::Pause => {
+                ctx.network.guest_stands = true;
+                Some(or_failed("pause the guest", self.pause()))
+            }
             SourceAction::Save => Some(or_failed("save the machine state", self.save(ctx))),
             SourceAction::Step(step) => self.step(*step),
             SourceAction::Resume => {
@@ -640,27 +664,30 @@ impl SourceHost {
     pub(crate) fn on_sender(&mut self, ctx: &mut Context, index: usize) {
         let room_before = self.has_room();
         let sender = &mut self.senders[index];
-        let is_control = sender.is_control();
+        let control = sender.is_control().then_some(sender.lane);
         let said = sender.run(ctx, &mut self.shared);
-        self.on_said(ctx, said, is_control);
+        self.on_said(ctx, said, control);
         if !room_before && self.has_room() && self.planned.is_some() && self.life == Life::Driving {
             self.turn_soon(ctx);
         }
     }
 
     pub(crate) fn on_heartbeat(&mut self, ctx: &mut Context, index: usize, since: u64) {
-        let said = self.senders[index].beat(ctx, &self.shared, since);
-        self.on_said(ctx, said, true);
+        let sender = &mut self.senders[index];
+        let lane = sender.lane;
+        let said = sender.beat(ctx, &self.shared, since);
+        self.on_said(ctx, said, Some(lane));
     }
 
-    fn on_said(&mut self, ctx: &mut Context, said: Option<Said>, is_control: bool) {
-        match said {
-            Some(Said::Flushed(tally)) => self.hear(ctx, Heard::LaneFlushed(tally)),
-            Some(Said::AllSent) => self.hear(ctx, Heard::ControlSent),
-            Some(Said::Broken(error)) if is_control => self.hear(ctx, Heard::ControlBroken(error)),
-            Some(Said::Broken(error)) => self.hear(ctx, Heard::DataLaneBroken(error)),
-            None => {}
-        }
+    fn on_said(&mut self, ctx: &mut Context, said: Option<Said>, control: Option<LaneId>) {
+        let heard = match (said, control) {
+            (Some(Said::Flushed(tally)), _) => Heard::LaneFlushed(tally),
+            (Some(Said::AllSent), Some(lane)) => Heard::Control(lane, ControlHeard::Sent),
+            (Some(Said::Broken(error)), Some(lane)) => Heard::Control(lane, ControlHeard::Broken(error)),
+            (Some(Said::Broken(error)), None) => Heard::DataLaneBroken(error),
+            _ => return,
+        };
+        self.hear(ctx, heard);
     }
 
     pub(crate) fn on_writable(&mut self, ctx: &mut Context, lane: LaneId) {
@@ -678,7 +705,7 @@ impl SourceHost {
             heard.push(message);
         }
         for heard in heard {
-            self.hear(ctx, heard);
+            self.hear(ctx, Heard::Control(lane, heard));
         }
     }
 
@@ -703,7 +730,8 @@ impl SourceHost {
 
     fn hear_farewell(&mut self, ctx: &mut Context) {
         while let Some(heard) = self.inbox.pop_front() {
-            if matches!(heard, Heard::ControlSent | Heard::ControlBroken(_)) {
+            let Heard::Control(lane, ControlHeard::Sent | ControlHeard::Broken(_)) = heard else { continue };
+            if Some(lane) == self.control_lane() {
                 return self.close(ctx);
             }
         }
@@ -724,28 +752,23 @@ impl SourceHost {
     pub(crate) fn outcome(&self) -> Option<&Outcome> {
         self.session.outcome()
     }
-
-    /// Whether a comparison of all memory was asked for.
-    pub(crate) fn verifies_fully(config: &pageferry::SourceConfig) -> bool {
-        config.verify == Verify::Full
-    }
 }
 
 impl Receiver {
-    fn receive(&mut self, ctx: &mut Context) -> Option<Heard> {
+    fn receive(&mut self, ctx: &mut Context) -> Option<ControlHeard> {
         if self.gone {
             return None;
         }
         let error = match ctx.network.read(&mut ctx.clock, self.lane, End::Source, &mut self.frame) {
             Ok(false) => return None,
             Ok(true) => match self.decode() {
-                Ok(message) => return Some(Heard::Message(message)),
+                Ok(message) => return Some(ControlHeard::Message(message)),
                 Err(source) => invalid(LaneRole::Control, source),
             },
             Err(source) => broken(LaneRole::Control, source),
         };
         self.gone = true;
-        Some(Heard::ControlBroken(error))
+        Some(ControlHeard::Broken(error))
     }
 
     fn decode(&mut self) -> Result<Message, WireError> {

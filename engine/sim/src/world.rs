@@ -300,6 +300,8 @@ impl World {
             }
             Fault::Kill { restart } => self.kill(restart),
             Fault::CancelSource => self.source.cancel(ctx),
+            Fault::SwitchOver => self.source.switch_over(ctx),
+            Fault::DowntimeLimit(limit) => self.source.limit_downtime(ctx, limit),
             Fault::CancelDestination => {
                 if let Some(destination) = &mut self.destination {
                     destination.cancel(ctx);
