@@ -26,7 +26,8 @@ pub enum Verify {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct SourceConfig {
-    /// Data lanes, 1 to 128. Default 1: fills links up to about 10 Gbps.
+    /// Data lanes, 1 to 128. Default 1: fills links up to about 10 Gbps. 0 sends pages on the control
+    /// lane, for hosts that have one connection only.
     pub lanes: u16,
     /// Longest acceptable predicted downtime. Default 300 ms.
     pub downtime_limit: Duration,
@@ -34,7 +35,8 @@ pub struct SourceConfig {
     pub timeout: Duration,
     /// What happens then. Default: cancel.
     pub on_timeout: OnTimeout,
-    /// Bytes per second over all lanes together; `None` (default) for no cap.
+    /// Bytes per second over all lanes together, at least
+    /// [`MIN_BANDWIDTH`](crate::limits::MIN_BANDWIDTH); `None` (default) for no cap.
     pub bandwidth: Option<u64>,
     /// Most vCPU time in per cent that may be taken away from a guest whose rounds stop shrinking.
     /// Default 99; 0 turns throttling off.

@@ -59,7 +59,7 @@ struct StdJoiner(std::thread::JoinHandle<()>);
 
 impl Joiner for StdJoiner {
     fn join(self: Box<Self>) {
-        // A panic in engine code is a bug that the thread's channel end has already made visible.
+        // A panic was caught and told by the thread itself.
         let _ = self.0.join();
     }
 }
@@ -112,7 +112,8 @@ impl Control {
         Self::default()
     }
 
-    /// Asks the migration to end with the guest at the source. Too late once Commit has left.
+    /// Asks the migration to end with the guest at the source. Too late once Commit has left; a
+    /// settling that is only asked for ends undecided.
     pub fn cancel(&self) {
         self.0.cancelled.store(true, Ordering::Release);
         self.ring();
@@ -131,9 +132,10 @@ impl Control {
         self.ring();
     }
 
-    /// Changes the bandwidth cap (bytes per second over all lanes together); `None` lifts it.
+    /// Changes the bandwidth cap (bytes per second over all lanes together, at least
+    /// [`MIN_BANDWIDTH`](crate::limits::MIN_BANDWIDTH)); `None` lifts it.
     pub fn set_bandwidth(&self, bytes_per_second: Option<u64>) {
-        let value = bytes_per_second.map_or(0, |rate| rate.clamp(1, u64::MAX - 1));
+        let value = bytes_per_second.map_or(0, |rate| rate.clamp(crate::limits::MIN_BANDWIDTH, u64::MAX - 1));
         self.0.bandwidth.store(value, Ordering::Release);
         self.ring();
     }

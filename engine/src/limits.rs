@@ -29,11 +29,17 @@ pub const MAX_STATE: u64 = 4 << 30;
 /// Bytes of machine state per frame.
 pub const STATE_CHUNK: usize = 256 << 10;
 
+/// Pieces of machine state that wait for the control lane: 4 MiB.
+pub const MAX_STATE_PIECES: usize = 16;
+
 /// Bytes of a reason or an error text from the peer; longer ones are cut by the sender.
 pub const MAX_TEXT: usize = 1024;
 
 /// Lanes of a migration. Published measurements stop gaining at 8 to 16; vMotion uses one per 15 Gbps.
 pub const MAX_LANES: u16 = 128;
+
+/// Bytes of a greeting's frame, with room for a longer one of a later version.
+pub const MAX_GREETING: usize = 256;
 
 /// Lanes that may stand in the door at once, connected and not yet introduced. More are dropped.
 pub const MAX_PENDING_LANES: usize = 256;
@@ -45,11 +51,12 @@ pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 /// happens shortly before it is read (R2 costs a resend for every write in between).
 pub const PLANNED_BATCHES_PER_WORKER: usize = 2;
 
-/// Encoded batches waiting per lane.
-pub const ENCODED_BATCHES_PER_LANE: usize = 2;
-
 /// Pages per lazily made chunk of the page-hash table (16 bytes a page: 512 KiB).
 pub const HASH_CHUNK_PAGES: u64 = 1 << 15;
+
+/// Bytes per second that a bandwidth cap must leave: a full frame may not take longer than a peer
+/// waits for a sign of life.
+pub const MIN_BANDWIDTH: u64 = 256 << 10;
 
 /// Rounds of pre-copy. The total timeout ends a migration long before this; it only keeps the
 /// report of a guest that never converges bounded.

@@ -19,8 +19,8 @@ pub type VmResult<T> = Result<T, VmError>;
 pub enum Step {
     /// The destination has accepted; the first page is about to be sent.
     Begin,
-    /// The guest is stopped and the destination holds everything: release disk locks now. An error
-    /// here keeps the guest at the source.
+    /// The guest is stopped and the destination holds everything: release disk locks now, and write
+    /// no guest memory. An error here keeps the guest at the source.
     BeforeHandover,
     /// The destination runs the guest. Clean up; announce nothing.
     Committed,
@@ -77,17 +77,20 @@ pub trait SourceVm {
 /// [`crate::Destination::run`].
 pub trait DestinationVm {
     /// Makes room for the described guest, or refuses it: the error's text reaches the source's
-    /// operator. The returned memory has this layout and reads as zeros.
+    /// operator. Both arguments come from the peer: check them, also against each other. The returned
+    /// memory has this layout and reads as zeros. After a refusal `abort` is called all the same.
     fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>>;
 
     /// Takes over the machine state written by [`SourceVm::save`]; the guest must not run yet. The
     /// bytes come from the peer: check them.
     fn load(&mut self, state: &mut dyn io::Read) -> VmResult<()>;
 
-    /// The guest is this side's now. Runs it if `run`, or keeps it paused as it was at the source.
+    /// The guest is this side's now. Runs it if `run`, or keeps it paused as it was at the source. After
+    /// an error no vCPU has run, and none ever may: the guest goes back to the source.
     fn commit(&mut self, run: bool) -> VmResult<()>;
 
-    /// The guest stays at the source. Lets go of everything; must not run it, now or later.
+    /// The guest stays at the source. Lets go of everything; must not run it, now or later. No page is
+    /// placed any more when this is called.
     fn abort(&mut self);
 
     /// Userfaultfds over the guest's memory, for post-copy. None is the honest default.

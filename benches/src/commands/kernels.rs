@@ -2,6 +2,7 @@
 //! them was worth it. By the thread's own CPU time, so that other work on the machine counts little.
 
 use std::hint::black_box;
+use std::io::IoSlice;
 use std::sync::Arc;
 
 use clap::Args;
@@ -123,8 +124,7 @@ impl Bench {
             let mut spent = 0.0;
             for offset in (0..self.bytes).step_by(BATCH) {
                 encoder.encode(&batch(offset), &mut encoded)?;
-                let bytes: Vec<u8> = encoded.seal(0).iter().flat_map(|part| part.iter().copied()).collect();
-                frame.fill(&bytes).map_err(host("a frame is not a frame"))?;
+                fill(&mut frame, &encoded.seal(0))?;
                 let started = sys::thread_seconds();
                 placer.place(&frame).map_err(|error| BenchError::Wrong(error.to_string()))?;
                 spent += sys::thread_seconds() - started;
@@ -134,6 +134,18 @@ impl Bench {
         outcome.series(format!("place {what}"), "GB/s", speeds);
         expect(guest::fingerprint(&target)? == guest::fingerprint(&self.memory)?, "placed memory is equal")
     }
+}
+
+/// Puts a frame where a lane would.
+fn fill(frame: &mut FrameBuffer, parts: &[IoSlice<'_>]) -> Result<(), BenchError> {
+    let len = parts.iter().map(|part| part.len()).sum();
+    let mut into = frame.prepare(len).map_err(host("a frame is too long"))?;
+    for part in parts {
+        let (now, rest) = into.split_at_mut(part.len());
+        now.copy_from_slice(part);
+        into = rest;
+    }
+    Ok(())
 }
 
 fn batch(offset: u64) -> Batch {

@@ -1,5 +1,6 @@
 //! The benchmarks, one file each.
 
+mod demo;
 mod downtime;
 mod harvest;
 mod holes;

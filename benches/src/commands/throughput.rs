@@ -5,8 +5,9 @@ use std::sync::Arc;
 use clap::{Args, ValueEnum};
 use pageferry::memory::MappedMemory;
 
+use super::demo::{self, Demo, DemoOptions};
 use super::measured::{Cost, Way, check, copy_plainly, migrate};
-use super::{gib, iperf, size};
+use super::{gib, gigabytes_per_second, iperf, size};
 use crate::outcome::{Outcome, Target, median};
 use crate::peer::Peer;
 use crate::{BenchError, guest};
@@ -41,24 +42,35 @@ pub(crate) struct ThroughputOptions {
     /// Data lanes of the migration
     #[arg(long, default_value = "1", value_parser = clap::value_parser!(u16).range(1..=128))]
     lanes: u16,
+    #[command(flatten)]
+    demo: DemoOptions,
 }
 
 /// State of the guest that is migrated. None of them writes.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 enum Guest {
-    /// Both, one after the other in every turn
+    /// Paused and idle, one after the other in every turn
     #[default]
     Both,
-    /// Paused before the migration
+    /// Plain memory, paused before the migration
     Paused,
-    /// Running and idle
+    /// Plain memory that counts as running
     Idle,
+    /// A real KVM guest that runs idle (`migrate demo`)
+    Kvm,
 }
 
 impl Guest {
     fn variants(self) -> Vec<(&'static str, bool)> {
         let all = [("paused", false), ("running idle", true)];
-        all.into_iter().filter(|(_, running)| self == Self::Both || *running == (self == Self::Idle)).collect()
+        all.into_iter()
+            .filter(|(_, running)| match self {
+                Self::Both => true,
+                Self::Paused => !running,
+                Self::Idle => *running,
+                Self::Kvm => false,
+            })
+            .collect()
     }
 }
 
@@ -108,6 +120,9 @@ pub(crate) fn reference(options: &ReferenceOptions) -> Result<Outcome, BenchErro
 
 /// `pageferry-bench throughput`.
 pub(crate) fn throughput(options: &ThroughputOptions) -> Result<Outcome, BenchError> {
+    if options.guest == Guest::Kvm {
+        return throughput_of_kvm(options);
+    }
     let bytes = options.reference.size;
     let about = format!("{} GiB incompressible, {} lane(s), in turn with a plain copy", gib(bytes), options.lanes);
     let mut outcome = Outcome::new("throughput", about);
@@ -136,6 +151,30 @@ pub(crate) fn throughput(options: &ThroughputOptions) -> Result<Outcome, BenchEr
         outcome.figure(format!("guest {name}: CPU, both sides"), "s/GiB", cpu, Some(Target::AtMost(MOST_CPU)));
         outcome.figure(format!("guest {name}: CPU over the plain copy's"), "s/GiB", cpu - reference.1, None);
     }
+    Ok(outcome)
+}
+
+/// The same with a real guest. Its time is that of the rounds: the whole call also contains the
+/// pre-faulting of the destination's memory, which happens once the source has said how much it needs.
+fn throughput_of_kvm(options: &ThroughputOptions) -> Result<Outcome, BenchError> {
+    let bytes = options.reference.size;
+    let demo = Demo::new(&options.demo, bytes, Some("zero=0,duplicate=0,text=0,random=100"))?;
+    let about = format!("idle KVM guest of {} GiB, incompressible, in turn with a plain copy", gib(bytes));
+    let mut outcome = Outcome::new("throughput-kvm", about);
+    let mut stage = Stage::new(bytes)?;
+    stage.plain(&options.reference)?;
+    let (mut plain, mut speeds, mut cpu) = (Vec::new(), Vec::new(), Vec::new());
+    for _ in 0..options.reference.runs {
+        plain.push(stage.plain(&options.reference)?);
+        let report = demo.run()?;
+        speeds.push(gigabytes_per_second(bytes, demo::round_seconds(&report)?));
+        cpu.push(demo::number(&report, "/cpu_seconds/source")? / gib(bytes));
+    }
+    let reference = add(&mut outcome, "plain copy", bytes, &plain);
+    let speed = outcome.series("KVM guest: throughput of its rounds", "GB/s", speeds);
+    outcome.series("KVM guest: CPU, source", "s/GiB", cpu);
+    outcome.figure("KVM guest: of the plain copy", "", speed / reference.0, Some(Target::AtLeast(LEAST_RATIO)));
+    outcome.note("the destination's CPU time contains the pre-faulting of its memory: see `throughput` for it");
     Ok(outcome)
 }
 

@@ -34,7 +34,9 @@ impl WriteLog {
 
     /// Notes that pages of a region were written. Costs next to nothing while no migration runs.
     pub fn mark(&self, region: RegionId, pages: Range<u64>) {
-        // Pairs with `start`: who does not see tracking yet has written before memory is first read.
+        // Orders the caller's writes before this look: who does not see tracking yet has written
+        // before `start` returns, and so before memory is first read.
+        std::sync::atomic::fence(Ordering::SeqCst);
         if !self.0.tracking.load(Ordering::SeqCst) {
             return;
         }

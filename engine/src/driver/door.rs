@@ -11,9 +11,9 @@ use crossbeam_channel::Sender;
 use super::Lent;
 use super::destination::DestinationEvent;
 use crate::host::ThreadRole;
-use crate::limits::{GREETING_TIMEOUT, MAX_PENDING_LANES};
+use crate::limits::{GREETING_TIMEOUT, MAX_GREETING, MAX_PENDING_LANES};
 use crate::session::LaneKey;
-use crate::transport::{Acceptor, Lane, LaneCloser, LaneHalves, TransportError};
+use crate::transport::{Acceptor, Lane, LaneCloser, LaneHalves};
 use crate::wire::{FrameBuffer, Greeting, Message};
 
 /// How often the door looks at the clock and at its closing.
@@ -32,7 +32,8 @@ pub(super) struct Guest {
     pub(super) peer: String,
 }
 
-type Pending = Arc<Mutex<HashMap<u64, (Arc<dyn LaneCloser>, Instant)>>>;
+/// Callers that the driver has not heard of yet; those that have greeted have no deadline any more.
+type Pending = Arc<Mutex<HashMap<u64, (Arc<dyn LaneCloser>, Option<Instant>)>>>;
 
 /// Accepts lanes until `closed` is set.
 pub(super) fn keep(acceptor: &dyn Acceptor, lent: &Lent, events: &Sender<DestinationEvent>, closed: &AtomicBool) {
@@ -68,13 +69,13 @@ fn admit(lane: Box<dyn Lane>, key: u64, pending: &Pending, lent: &Lent, events: 
     }
     let peer = lane.peer();
     let Ok(halves) = lane.split() else { return };
-    lock(pending).insert(key, (Arc::clone(&halves.closer), Instant::now() + GREETING_TIMEOUT));
+    lock(pending).insert(key, (Arc::clone(&halves.closer), Some(Instant::now() + GREETING_TIMEOUT)));
     let (waiting, events) = (Arc::clone(pending), events.clone());
     let hear = move || {
         let mut halves = halves;
         let greeting = hear_greeting(&mut halves);
         // Whoever is no longer in the list was closed for being late.
-        let in_time = lock(&waiting).remove(&key).is_some();
+        let in_time = lock(&waiting).get_mut(&key).map(|(_, deadline)| *deadline = None).is_some();
         match greeting {
             Some(greeting) if in_time => {
                 let guest = Box::new(Guest { greeting, halves, peer });
@@ -82,6 +83,7 @@ fn admit(lane: Box<dyn Lane>, key: u64, pending: &Pending, lent: &Lent, events: 
             }
             _ => halves.closer.close(),
         }
+        lock(&waiting).remove(&key);
     };
     if lent.spawn(ThreadRole::Door, hear).is_err() {
         lock(pending).remove(&key);
@@ -89,7 +91,8 @@ fn admit(lane: Box<dyn Lane>, key: u64, pending: &Pending, lent: &Lent, events: 
 }
 
 fn hear_greeting(halves: &mut LaneHalves) -> Option<Greeting> {
-    let mut frame = FrameBuffer::new();
+    // A stranger gets room for a greeting, and for nothing else.
+    let mut frame = FrameBuffer::with_limit(MAX_GREETING);
     halves.receiver.receive(&mut frame).ok()?;
     let first = frame.header().ok()?.sequence == 0;
     match Message::decode(&frame) {
@@ -101,7 +104,7 @@ fn hear_greeting(halves: &mut LaneHalves) -> Option<Greeting> {
 fn close_overdue(pending: &Pending) {
     let now = Instant::now();
     lock(pending).retain(|_, (closer, deadline)| {
-        let in_time = now < *deadline;
+        let in_time = deadline.is_none_or(|deadline| now < deadline);
         if !in_time {
             closer.close();
         }
@@ -111,9 +114,4 @@ fn close_overdue(pending: &Pending) {
 
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// For the driver: what a broken door means.
-pub(super) fn broken(error: TransportError) -> crate::error::Error {
-    error.into()
 }

@@ -11,6 +11,7 @@ use crate::barrier::{Entry, RoundBarrier};
 use crate::digest::{Digest, HashTable, PageHasher};
 use crate::encode::Tally;
 use crate::error::Error;
+use crate::limits::MAX_ROUNDS;
 use crate::memory::GuestMemory;
 use crate::place::{PlaceError, Placer};
 use crate::wire::{FrameBuffer, Kind, Message};
@@ -38,29 +39,38 @@ struct GateState {
     barrier: RoundBarrier,
     tally: Tally,
     closed: bool,
+    /// Lanes that are placing pages now.
+    inside: usize,
 }
 
 impl Gate {
     pub(super) fn new(lanes: u16) -> Self {
-        let state = GateState { barrier: RoundBarrier::new(lanes), tally: Tally::default(), closed: false };
+        let state = GateState { barrier: RoundBarrier::new(lanes), tally: Tally::default(), closed: false, inside: 0 };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
-    /// Lets no lane wait any longer.
+    /// Lets no lane in or wait any longer, and waits for those that are inside.
     pub(super) fn close(&self) {
-        self.lock().closed = true;
+        let mut state = self.lock();
+        state.closed = true;
         self.changed.notify_all();
+        while state.inside > 0 {
+            state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
-    /// Waits until frames of `round` may be handled on `lane`; `false` when the migration is over.
-    fn enter(&self, lane: u16, round: u32) -> Result<bool, String> {
+    /// Waits until frames of `round` may be handled on `lane`; `None` when no page is wanted any more.
+    fn enter(&self, lane: u16, round: u32) -> Result<Option<Inside<'_>>, String> {
         let mut state = self.lock();
         loop {
             if state.closed {
-                return Ok(false);
+                return Ok(None);
             }
             match state.barrier.enter(lane, round).map_err(|error| error.to_string())? {
-                Entry::Now => return Ok(true),
+                Entry::Now => {
+                    state.inside += 1;
+                    return Ok(Some(Inside(self)));
+                }
                 Entry::Wait => state = self.changed.wait(state).unwrap_or_else(PoisonError::into_inner),
             }
         }
@@ -77,6 +87,19 @@ impl Gate {
 
     fn lock(&self) -> MutexGuard<'_, GateState> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A lane is placing pages; dropped when it has.
+struct Inside<'a>(&'a Gate);
+
+impl Drop for Inside<'_> {
+    fn drop(&mut self) {
+        let mut state = self.0.lock();
+        state.inside -= 1;
+        if state.closed {
+            self.0.changed.notify_all();
+        }
     }
 }
 
@@ -134,9 +157,7 @@ impl Receiver {
 
     fn place(&mut self, frame: &FrameBuffer, round: u32) -> Result<bool, Error> {
         let room = self.room()?;
-        if !self.enter(&room, round)? {
-            return Ok(false);
-        }
+        let Some(_inside) = self.enter(&room, round)? else { return self.not_wanted() };
         let placer = self
             .placer
             .get_or_insert_with(|| Placer::new(Arc::clone(&room.memory), room.hasher.clone(), Arc::clone(&room.table)));
@@ -156,20 +177,32 @@ impl Receiver {
         match message {
             Message::RoundEnd { round } => self.end_round(round),
             message if self.duty.is_control => Ok(self.tell(LaneEvent::Message(message))),
-            message => Err(self.misbehaved(format!("it sent {message:?} on a data lane"))),
+            _ => {
+                let kind = frame.header().map_err(|source| self.duty.lane.name.invalid(source))?.kind;
+                Err(self.misbehaved(format!("it sent {kind:?} on a data lane")))
+            }
         }
     }
 
     fn end_round(&mut self, round: u32) -> Result<bool, Error> {
+        if round > MAX_ROUNDS {
+            return Err(self.misbehaved(format!("it began round {round}")));
+        }
         let room = self.room()?;
-        if !self.enter(&room, round)? {
-            return Ok(false);
-        }
+        let Some(inside) = self.enter(&room, round)? else { return self.not_wanted() };
         let tally = std::mem::take(&mut self.tally);
-        if let Some((round, digest)) = room.gate.end(self.duty.index, &tally) {
-            return Ok(self.tell(LaneEvent::RoundComplete(round, digest)));
+        let complete = room.gate.end(self.duty.index, &tally);
+        // Before the driver is told: it may be waiting for this lane to be out.
+        drop(inside);
+        Ok(complete.is_none_or(|(round, digest)| self.tell(LaneEvent::RoundComplete(round, digest))))
+    }
+
+    /// Pages after the end: a data lane is done, the control lane must go on.
+    fn not_wanted(&self) -> Result<bool, Error> {
+        if self.duty.is_control {
+            return Err(self.misbehaved("it sent pages after it had finished".to_owned()));
         }
-        Ok(true)
+        Ok(false)
     }
 
     /// `false` when nobody listens any more.
@@ -177,7 +210,7 @@ impl Receiver {
         self.duty.events.send(DestinationEvent::Lane(self.duty.generation, event)).is_ok()
     }
 
-    fn enter(&self, room: &Room, round: u32) -> Result<bool, Error> {
+    fn enter<'a>(&self, room: &'a Room, round: u32) -> Result<Option<Inside<'a>>, Error> {
         room.gate.enter(self.duty.index, round).map_err(|what| self.misbehaved(what))
     }
 

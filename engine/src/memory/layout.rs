@@ -177,6 +177,12 @@ impl Layout {
         })
     }
 
+    /// Whether two layouts describe the same guest memory; names and backing may differ.
+    pub fn is_same_memory(&self, other: &Self) -> bool {
+        let key = |region: &Region| (region.guest_address, region.len, region.transfer);
+        self.regions.iter().map(key).eq(other.regions.iter().map(key))
+    }
+
     /// A page as people know it: region name and guest-physical address.
     pub fn describe(&self, page: PageNumber) -> String {
         match self.locate(page) {
@@ -198,6 +204,10 @@ fn check_region(region: &Region) -> Result<(), LayoutError> {
             let name = region.name.clone();
             return Err(LayoutError::Unaligned { name, what, value });
         }
+    }
+    if !region.backing_page.is_power_of_two() || region.backing_page < page {
+        let name = region.name.clone();
+        return Err(LayoutError::Unaligned { name, what: "backing page size", value: region.backing_page });
     }
     if region.name.len() > MAX_REGION_NAME {
         return Err(LayoutError::TooLarge {

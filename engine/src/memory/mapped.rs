@@ -32,10 +32,15 @@ pub struct MappedMemory {
     maps: Vec<Option<Map>>,
 }
 
+/// Bytes of a page of [`Backing::HugePages2M`].
+const HUGE_PAGE: usize = 2 << 20;
+
 #[derive(Debug)]
 struct Map {
     raw: MmapRaw,
     file: Option<File>,
+    /// Bytes of the smallest piece that can be given back.
+    granule: u64,
 }
 
 impl MappedMemory {
@@ -73,23 +78,28 @@ impl MappedMemory {
 fn map(name: &str, len: u64, backing: Backing) -> io::Result<Map> {
     let len = usize::try_from(len).map_err(io::Error::other)?;
     let mut options = MmapOptions::new();
-    options.len(len).no_reserve_swap();
+    options.len(len);
+    if backing != Backing::HugePages2M {
+        options.no_reserve_swap();
+    }
     match backing {
         Backing::Anonymous => {
             let raw = MmapRaw::from(options.map_anon()?);
             // Refused where transparent huge pages are compiled out; small pages work as well.
             let _ = raw.advise(memmap2::Advice::HugePage);
-            Ok(Map { raw, file: None })
+            Ok(Map { raw, file: None, granule: PAGE_SIZE as u64 })
         }
         Backing::HugePages2M => {
+            // Reserved now: a pool that is too small is an error here, not a fault in the guest.
+            options.len(len.next_multiple_of(HUGE_PAGE));
             let raw = MmapRaw::from(options.huge(Some(21)).map_anon()?);
-            Ok(Map { raw, file: None })
+            Ok(Map { raw, file: None, granule: HUGE_PAGE as u64 })
         }
         Backing::Memfd => {
             let file = memfd(name)?;
             file.set_len(len as u64)?;
             let raw = options.map_raw(&file)?;
-            Ok(Map { raw, file: Some(file) })
+            Ok(Map { raw, file: Some(file), granule: PAGE_SIZE as u64 })
         }
     }
 }
@@ -130,10 +140,14 @@ unsafe impl GuestMemory for MappedMemory {
         let Some(map) = self.map_of(region) else {
             return Some(Vec::new());
         };
-        match &map.file {
-            Some(file) => populated_file(file, map.raw.len() as u64).ok(),
-            None => populated_anonymous(map).ok(),
-        }
+        let found = match &map.file {
+            Some(file) => populated_file(file, map.raw.len() as u64),
+            None => populated_anonymous(map),
+        };
+        // Huge pages can reach past the region's end.
+        let end = self.layout.region(region)?.page_count();
+        let clipped = |range: Range<u64>| range.start.min(end)..range.end.min(end);
+        Some(found.ok()?.into_iter().map(clipped).filter(|range| !range.is_empty()).collect())
     }
 
     fn discard(&self, region: RegionId, pages: Range<u64>) -> Result<(), MemoryError> {
@@ -144,6 +158,9 @@ unsafe impl GuestMemory for MappedMemory {
             Some(map) if bytes.start <= bytes.end && bytes.end <= map.raw.len() as u64 => map,
             _ => return Err(out_of_bounds),
         };
+        if !bytes.start.is_multiple_of(map.granule) || !bytes.end.is_multiple_of(map.granule) {
+            return Err(MemoryError::Unsupported("giving back a part of a huge page"));
+        }
         let advice = if map.file.is_some() { libc::MADV_REMOVE } else { libc::MADV_DONTNEED };
         let offset = bytes.start;
         madvise(map, bytes, advice).map_err(|source| MemoryError::Host { region, offset, source })

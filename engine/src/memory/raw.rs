@@ -11,6 +11,10 @@ use crate::units::PAGE_SIZE;
 /// every page's end (measured, `benches/NOTES.md`).
 const PREFETCH_AHEAD: usize = 2048;
 
+/// Lines of the next page that are fetched when a page is begun: the hardware goes on by itself once
+/// it has seen a page's first lines.
+const NEXT_PAGE_LINES: usize = 8;
+
 /// Copies guest memory into a private buffer.
 ///
 /// # Safety
@@ -40,8 +44,9 @@ pub(crate) unsafe fn copy_to_guest(from: &[u8], target: *mut u8) {
     unsafe { copy_opaque(from.as_ptr(), target, from.len()) }
 }
 
-/// Reads one page of guest memory, each byte once. Returns `true` when every byte read was zero
-/// (`into` is then unchanged); otherwise `into` holds the page.
+/// Reads one page of guest memory. Returns `true` when every byte read was zero (`into` is then
+/// unchanged); otherwise `into` holds the page. Each byte that is used was read once: of the block
+/// that ended the search for zeros only the second reading counts.
 ///
 /// # Safety
 ///
@@ -166,13 +171,16 @@ unsafe fn leading_zeros_avx2(source: *const u8) -> usize {
     use std::arch::x86_64::{__m256i, _MM_HINT_T0, _mm_prefetch, _mm256_or_si256, _mm256_testz_si256};
     #[allow(clippy::cast_ptr_alignment)] // pages are aligned to far more
     let vectors = source.cast::<__m256i>();
+    for line in 0..NEXT_PAGE_LINES {
+        #[allow(unused_unsafe)] // safe in later versions of Rust
+        // SAFETY: a prefetch may name any address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T0>(source.wrapping_add(PAGE_SIZE + line * 64).cast());
+        }
+    }
     for block in 0..PAGE_SIZE / 128 {
-        // SAFETY: four 32-byte loads inside the page; pages are 32-byte aligned; a prefetch may name
-        // any address.
+        // SAFETY: four 32-byte loads inside the page; pages are 32-byte aligned.
         let [a, b, c, d] = unsafe {
-            let ahead = source.wrapping_add(block * 128 + PREFETCH_AHEAD);
-            _mm_prefetch::<_MM_HINT_T0>(ahead.cast());
-            _mm_prefetch::<_MM_HINT_T0>(ahead.wrapping_add(64).cast());
             let at = vectors.add(block * 4);
             [at.read_volatile(), at.add(1).read_volatile(), at.add(2).read_volatile(), at.add(3).read_volatile()]
         };

@@ -116,7 +116,7 @@ impl<'a> Reader<'a> {
     /// A text; what is no UTF-8 in it, or would control a terminal, is replaced.
     pub(crate) fn text(&mut self, what: &'static str, limit: usize) -> Result<String, WireError> {
         let text = String::from_utf8_lossy(self.bytes(what, limit)?);
-        Ok(text.chars().map(|c| if c.is_control() { ' ' } else { c }).collect())
+        Ok(text.chars().map(|c| if disturbs_terminals(c) { ' ' } else { c }).collect())
     }
 
     pub(crate) fn varint(&mut self, what: &'static str) -> Result<u64, WireError> {
@@ -138,6 +138,11 @@ impl<'a> Reader<'a> {
     pub(crate) fn end(self) -> Result<(), WireError> {
         if self.left.is_empty() { Ok(()) } else { Err(WireError::Trailing(self.left.len())) }
     }
+}
+
+/// Control characters, line separators and marks that turn the direction of writing.
+fn disturbs_terminals(c: char) -> bool {
+    c.is_control() || matches!(c, '\u{2028}'..='\u{202E}' | '\u{2066}'..='\u{2069}' | '\u{200E}' | '\u{200F}')
 }
 
 #[cfg(test)]

@@ -165,16 +165,28 @@ impl Header {
 }
 
 /// A reusable buffer that holds one received frame. Never grows past the largest frame.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct FrameBuffer {
     bytes: Vec<u8>,
     len: usize,
+    limit: usize,
+}
+
+impl Default for FrameBuffer {
+    fn default() -> Self {
+        Self::with_limit(HEADER_LEN + MAX_FRAME_BODY)
+    }
 }
 
 impl FrameBuffer {
     /// An empty buffer.
     pub fn new() -> Self {
         Self::default()
+    }
+
+    /// A buffer that takes no frame longer than `limit` bytes, header included.
+    pub fn with_limit(limit: usize) -> Self {
+        Self { bytes: Vec::new(), len: 0, limit }
     }
 
     /// Empties the buffer and gives out its first `len` bytes to be filled.
@@ -186,8 +198,8 @@ impl FrameBuffer {
     /// Gives out the next `len` bytes to be filled.
     pub fn extend(&mut self, len: usize) -> io::Result<&mut [u8]> {
         let end = self.len + len;
-        if end > HEADER_LEN + MAX_FRAME_BODY {
-            let (len, limit) = (end as u64, (HEADER_LEN + MAX_FRAME_BODY) as u64);
+        if end > self.limit {
+            let (len, limit) = (end as u64, self.limit as u64);
             return Err(WireError::TooLong { what: "frame", len, limit }.into());
         }
         if self.bytes.len() < end {

@@ -6,7 +6,7 @@
 use super::WireError;
 use super::fields::{Reader, Writer};
 use crate::limits::MAX_BATCH_PAGES;
-use crate::memory::Layout;
+use crate::memory::{Layout, Transfer};
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
 
 /// How the pages of a run are given.
@@ -51,7 +51,7 @@ fn split(body: &[u8]) -> Result<(&[u8], &[u8]), WireError> {
 
 /// Parses and checks a body: fills `records`, and returns the checksummed part and the literal part.
 ///
-/// Every run lies within one region, no more than [`MAX_BATCH_PAGES`] pages are named, and the
+/// Every run lies within one region that travels, no more than [`MAX_BATCH_PAGES`] pages are named, and the
 /// literal part holds exactly the pages that were announced.
 pub(crate) fn decode<'a>(
     body: &'a [u8],
@@ -78,7 +78,8 @@ pub(crate) fn decode<'a>(
         }
         let Some(first) = first else { return Err(outside) };
         let run = PageRun { first: PageNumber(first), count };
-        if layout.locate_run(run).is_none() {
+        let region = layout.locate_run(run).and_then(|(region, _)| layout.region(region));
+        if region.is_none_or(|region| region.transfer != Transfer::Copy) {
             return Err(outside);
         }
         at = run.end();

@@ -1,8 +1,9 @@
 //! `migrate`: moves a running guest from one process to another, and proves that every byte arrived.
 //!
 //! Read it from the command line inwards: [`cli`] says what can be asked for, [`roles`] does it
-//! (`demo`, `receive`, `send`), [`process_guest`] is what moves, [`progress`] shows the way and
-//! [`report`] the end.
+//! (`demo`, `receive`, `send`), [`machine`] and [`process_guest`] are what moves, [`progress`] shows
+//! the way and [`report`] the end. The guest under KVM runs [`payload`], whose work [`workload`]
+//! defines for host and guest alike.
 #![deny(unsafe_code)]
 
 mod cli;

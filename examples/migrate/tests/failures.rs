@@ -12,6 +12,8 @@ use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use pageferry::wire::{Greeting, GreetingRole, Message, Refusal, SessionId};
+
 use common::{Ended, Running, assert_guest_is_well_at_the_source, guest_kinds, run};
 
 const SMALL: &str = "--memory 32M --after 100ms --linger 100ms --peer-timeout 2s --settle-window 1s";
@@ -57,6 +59,34 @@ fn a_destination_without_enough_memory() {
         let receiver = receiver.end();
         assert_eq!((receiver.code, receiver.report()["owner"].as_str()), (1, Some("source")));
     }
+}
+
+#[test]
+fn a_destination_that_speaks_another_version() {
+    for answer in [Message::Refuse(Refusal::Version { min: 900, max: 901 }), Message::Welcome { version: 901 }] {
+        let frame = answer.encode(0);
+        let address = listener(move |mut stream| {
+            let _ = stream.write_all(&frame);
+            let _ = stream.read_to_end(&mut Vec::new());
+        });
+        let ended = send(&address, "process");
+        assert_failed(&ended, "901");
+        assert!(ended.report()["error"].as_str().unwrap().contains("upgrade"), "{}", ended.report());
+    }
+}
+
+#[test]
+fn strangers_at_a_destination_do_not_keep_the_guest_out() {
+    let (mut receiver, address) = Running::receiver("--linger 100ms");
+    let greeting =
+        Greeting { version_min: 900, version_max: 901, session: SessionId([7; 16]), role: GreetingRole::Control };
+    let silent = TcpStream::connect(&address).unwrap();
+    for bytes in [&b"GET / HTTP/1.1\r\n\r\n"[..], &Message::Greeting(greeting).encode(0)] {
+        TcpStream::connect(&address).unwrap().write_all(bytes).unwrap();
+    }
+    assert_eq!(send(&address, "process").code, 0);
+    assert_eq!(receiver.wait_for("report")["guest_self_check"], "ok");
+    drop(silent);
 }
 
 #[test]

@@ -15,6 +15,10 @@ use super::handle::GuestHandle;
 use super::pc::{ConsoleEnds, Kind, Pc, map_memory};
 use super::ram;
 
+/// Bytes of machine state: interrupt controllers and console, then each vCPU with its XSAVE area, local APIC and MSRs.
+const STATE_SHARED: u64 = 3 << 10;
+const STATE_PER_VCPU: u64 = 12 << 10;
+
 /// A guest to boot.
 #[derive(Debug)]
 pub(crate) struct GuestConfig {
@@ -106,5 +110,9 @@ impl SourceVm for LiveGuest {
 
     fn save(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
         Ok(self.pc.save()?.write(out)?)
+    }
+
+    fn state_bytes_estimate(&self) -> u64 {
+        STATE_SHARED + STATE_PER_VCPU * u64::from(self.pc.machine.config().vcpus)
     }
 }

@@ -1,7 +1,7 @@
 //! Whole guests under KVM: booted, stopped, taken over by a second machine of this process, and run on.
 //!
 //! The Linux test needs a KVM with hardware semantics, a kernel and an initial RAM disk:
-//! `tools/nested/linux-in-process.sh` brings all three.
+//! `examples/migrate/nested/linux-in-process.sh` brings all three.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -57,6 +57,9 @@ fn move_over(mut source: LiveGuest) -> (PipeWriter, LiveGuest, Receiver<String>)
     source.pause().unwrap();
     let mut state = Vec::new();
     source.save(&mut state).unwrap();
+    let (bytes, estimate) = (state.len() as u64, source.state_bytes_estimate());
+    println!("{bytes} bytes of state, {estimate} expected");
+    assert!((estimate / 2..=estimate * 2).contains(&bytes), "{bytes} bytes of state, {estimate} expected");
     copy(&*memory, &*arrived);
     destination.load(&mut &state[..]).unwrap();
     drop(source);
@@ -87,7 +90,9 @@ fn healthy_count(line: &str) -> u64 {
 fn a_running_linux_guest_goes_on_in_another_machine() {
     let file = |variable| std::env::var(variable).ok().map(|path| std::fs::read(path).unwrap());
     let (Some(kernel), Some(initrd)) = (file("PAGEFERRY_TEST_KERNEL"), file("PAGEFERRY_TEST_INITRD")) else {
-        println!("skipped: PAGEFERRY_TEST_KERNEL and PAGEFERRY_TEST_INITRD are not set (tools/nested sets them)");
+        println!(
+            "skipped: PAGEFERRY_TEST_KERNEL and PAGEFERRY_TEST_INITRD are not set (examples/migrate/nested sets them)"
+        );
         return;
     };
     let image = BootImage {

@@ -290,6 +290,7 @@ fn outcome_of(result: &Result<Report, Failed>) -> (Outcome, Owner) {
 
 #[cfg(test)]
 mod tests {
+    use pageferry::error::Unsettled;
     use pageferry::wire::SessionId;
 
     use super::*;
@@ -331,7 +332,11 @@ mod tests {
         let timed_out = failed(Failed::SourceStillOwns { error, report: report() });
         assert_eq!((timed_out.owner, timed_out.exit_status()), (Owner::Source, ExitStatus::Failed));
         let error = Error::TimedOut(Duration::from_secs(1));
-        let undecided = failed(Failed::Undecided { session: SessionId([0; 16]), error, report: report() });
+        let undecided = failed(Failed::Undecided {
+            unsettled: Unsettled { session: SessionId([0; 16]), run: true },
+            error,
+            report: report(),
+        });
         assert_eq!((undecided.owner, undecided.exit_status()), (Owner::Undecided, ExitStatus::Undecided));
         let error = Error::TimedOut(Duration::from_secs(1));
         let late = failed(Failed::DestinationOwns { error, report: report() });

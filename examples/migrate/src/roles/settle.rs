@@ -3,9 +3,8 @@
 //! The engine asks for a while by itself. What comes after that is the operator's decision, and the
 //! one this program takes is to go on asking for as long as it may.
 
-use pageferry::error::Failed;
+use pageferry::error::{Failed, Unsettled};
 use pageferry::stats::Report;
-use pageferry::wire::SessionId;
 
 use super::operator::{Operator, Wish};
 use crate::cli::LingerTime;
@@ -17,15 +16,15 @@ pub(super) fn settle(
     linger: LingerTime,
     operator: &Operator,
     screen: &Screen,
-    mut ask: impl FnMut(SessionId) -> Result<Report, Failed>,
+    mut ask: impl FnMut(Unsettled) -> Result<Report, Failed>,
 ) -> Result<Report, Failed> {
     let mut result = result;
-    while let Err(Failed::Undecided { session, error, .. }) = &result {
+    while let Err(Failed::Undecided { unsettled, error, .. }) = &result {
         if linger != LingerTime::Forever || operator.wish() == Wish::Stop {
             break;
         }
         screen.note(&format!("undecided which side owns the guest ({error}); asking again, Ctrl-C gives up"));
-        let answer = ask(*session);
+        let answer = ask(*unsettled);
         result = with_report(answer, measured(&result));
     }
     result
@@ -45,7 +44,7 @@ fn with_report(answer: Result<Report, Failed>, measured: Report) -> Result<Repor
         Ok(_) => Ok(*report),
         Err(Failed::SourceStillOwns { error, .. }) => Err(Failed::SourceStillOwns { error, report }),
         Err(Failed::DestinationOwns { error, .. }) => Err(Failed::DestinationOwns { error, report }),
-        Err(Failed::Undecided { session, error, .. }) => Err(Failed::Undecided { session, error, report }),
+        Err(Failed::Undecided { unsettled, error, .. }) => Err(Failed::Undecided { unsettled, error, report }),
         Err(other) => Err(other),
     }
 }

@@ -6,7 +6,7 @@
 //! all of its own memory after a migration, and a guest made of plain host threads can do the same.
 //!
 //! The road of a byte: [`params`] says what to do, [`sweep`] which page is written next and when,
-//! [`content`] what it then holds, [`page`] puts it there. [`ports`] and [`line`] are the guest's
+//! [`content`] what it then holds, [`page`] puts it there. [`ports`] and [`mod@line`] are the guest's
 //! side doors to the host: what it does with I/O ports and what it prints.
 
 pub(crate) mod content;

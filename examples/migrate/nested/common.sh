@@ -1,7 +1,7 @@
 # Shared by the scripts beside it: where things are, and what must be installed. Sourced, not run.
 
 NESTED=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-ROOT=$(cd "$NESTED/../.." && pwd)
+ROOT=$(cd "$NESTED/../../.." && pwd)
 WORK=${NESTED_WORK:-$ROOT/target/nested}
 
 # Exit status that says "nothing was tested": test runners count it as skipped, not as passed.

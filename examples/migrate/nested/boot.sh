@@ -5,7 +5,7 @@
 # ("NESTED-STATUS n"), 124 when TIMEOUT_S has passed, 125 when the machine ended without a word.
 set -uo pipefail
 
-kernel= initramfs= model=qemu64,+svm,+npt memory=2048 vcpus=2 timeout=300 arguments=
+kernel= initramfs= memory=2048 vcpus=2 timeout=300 arguments=
 while getopts k:i:m:c:t:a: option; do
     case $option in
         k) kernel=$OPTARG ;;
@@ -24,9 +24,16 @@ console="console=ttyS0 quiet panic=-1 reboot=t tsc=reliable mitigations=off rand
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
 timeout -k 5 "$timeout" qemu-system-x86_64 \
-    -accel tcg,thread=multi -machine q35 -cpu "${NESTED_CPU:-$model}" -smp "$vcpus" -m "$memory" \
+    -accel tcg,thread=multi -machine q35 -cpu qemu64,+svm,+npt -smp "$vcpus" -m "$memory" \
     -nodefaults -no-user-config -nographic -no-reboot -serial stdio \
     -kernel "$kernel" -initrd "$initramfs" -append "$console $arguments" </dev/null 2>&1 | tr -d '\r' | tee "$log"
-[ "${PIPESTATUS[0]}" = 124 ] && exit 124
+emulator=${PIPESTATUS[0]}
 status=$(sed -n 's/^.*NESTED-STATUS \([0-9]*\).*$/\1/p' "$log" | tail -n 1)
-exit "${status:-125}"
+if [ -z "$status" ] && [ "$emulator" = 124 ]; then
+    echo "boot.sh: the machine was not done after $timeout s" >&2
+    exit 124
+elif [ -z "$status" ]; then
+    echo "boot.sh: the machine ended before its init said how; QEMU's status is $emulator" >&2
+    exit 125
+fi
+exit "$status"

@@ -11,11 +11,13 @@ guest_kernel=$WORK/vmlinux
 # The other way in: the 64-bit Linux boot protocol in place of PVH.
 [ "${1:-}" = bzimage ] && guest_kernel=$(newest_kernel)
 
-test_binary=$(cd "$ROOT" && cargo test -p migrate --bin migrate --no-run 2>&1 | tee /dev/stderr |
+cd "$ROOT"
+test_binary=$(cargo test -p migrate --bin migrate --no-run 2>&1 | tee /dev/stderr |
     sed -n 's/.*Executable.*(\(.*\))$/\1/p')
 cat > "$WORK/test" <<'T'
 export PAGEFERRY_TEST_KERNEL=/guest/kernel PAGEFERRY_TEST_INITRD=/guest/initramfs
 exec /bin/migrate-test --nocapture a_running_linux_guest
 T
-make_machine_initramfs -b "$ROOT/$test_binary:/bin/migrate-test" -f "$WORK/test:/test" -f "$guest_kernel:/guest/kernel"
+make_machine_initramfs -b "$(realpath "$test_binary"):/bin/migrate-test" \
+    -f "$WORK/test:/test" -f "$guest_kernel:/guest/kernel"
 "$NESTED/boot.sh" -k "$WORK/vmlinux" -i "$WORK/machine.cpio" -t "${TIMEOUT:-600}"
