@@ -85,6 +85,7 @@ pub(crate) struct DestinationHost {
     generation: u64,
     opened: Vec<LaneId>,
     frames_heard: u64,
+    progress_heard: u64,
     cancel: bool,
     cancel_told: bool,
     work: Option<DestinationAction>,
@@ -119,6 +120,7 @@ impl DestinationHost {
             generation: 0,
             opened: Vec::new(),
             frames_heard: 0,
+            progress_heard: 0,
             cancel: false,
             cancel_told: false,
             work: None,
@@ -194,7 +196,14 @@ impl DestinationHost {
     fn tell_time(&mut self, ctx: &mut Context) {
         let frames = self.receivers.iter().map(|receiver| receiver.frames).sum();
         let heard = std::mem::replace(&mut self.frames_heard, frames) != frames;
-        self.tell(ctx, if heard { DestinationInput::Heard } else { DestinationInput::Tick });
+        let progress = self.shared.progress;
+        let progressed = std::mem::replace(&mut self.progress_heard, progress) != progress;
+        let input = match (progressed, heard) {
+            (true, _) => DestinationInput::Progress,
+            (_, true) => DestinationInput::Heard,
+            _ => DestinationInput::Tick,
+        };
+        self.tell(ctx, input);
     }
 
     fn go_on(&mut self, ctx: &mut Context) {
@@ -239,7 +248,7 @@ impl DestinationHost {
     }
 
     fn tell(&mut self, ctx: &mut Context, input: DestinationInput) {
-        if !matches!(input, DestinationInput::Tick | DestinationInput::Heard) {
+        if !matches!(input, DestinationInput::Tick | DestinationInput::Heard | DestinationInput::Progress) {
             let what = std::mem::discriminant(&input);
             ctx.clock.note("destination", ("input", what), || crate::trace::shorten(format!("<- {input:?}")));
         }
@@ -276,6 +285,12 @@ impl DestinationHost {
             }
             DestinationAction::CloseLanes => self.close_lanes(ctx),
             DestinationAction::Send(message) => self.send(ctx, message),
+            DestinationAction::StopPlacing => {
+                if let Some(room) = &mut self.room {
+                    room.closed = true;
+                }
+                self.wake_receivers(ctx);
+            }
             DestinationAction::Verify => {
                 self.verify_began = ctx.clock.now;
                 ctx.clock.after(verify::time(&self.guest), Event::Verified(self.id));
