@@ -8,6 +8,13 @@ use std::time::{Duration, Instant};
 use clap::Parser;
 use pageferry_sim::{CanaryResult, Ending, Failure, RunResult, Statistics};
 
+/// Prints a line. A reader that has closed the pipe has seen enough.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let _ = writeln!(std::io::stdout(), $($text)*);
+    }};
+}
+
 const EXAMPLES: &str = "\
 Examples:
   pageferry-sim                      2000 seeds, every cut of the hand-over, the canaries
@@ -119,12 +126,12 @@ impl Cli {
             print_json(result);
         } else {
             match (&result.violation, result.ending) {
-                (Some(violation), _) => println!("{}: VIOLATION: {violation}", result.name),
-                (None, Some(ending)) => println!("{}: {ending}", result.name),
+                (Some(violation), _) => say!("{}: VIOLATION: {violation}", result.name),
+                (None, Some(ending)) => say!("{}: {ending}", result.name),
                 (None, None) => {}
             }
-            println!("{} events, {} ms of virtual time, faults: {:?}", result.steps, result.virtual_ms, result.faults);
-            println!("trace hash {:016x}", result.trace);
+            say!("{} events, {} ms of virtual time, faults: {:?}", result.steps, result.virtual_ms, result.faults);
+            say!("trace hash {:016x}", result.trace);
         }
         exit_code(result.violation.is_none())
     }
@@ -144,37 +151,37 @@ impl Report {
         }
         for canary in self.canaries.iter().flatten() {
             match &canary.caught {
-                Some(caught) => println!("canary {:<28} caught: {caught}", canary.name),
-                None => println!("canary {:<28} NOT CAUGHT in {} runs", canary.name, canary.runs),
+                Some(caught) => say!("canary {:<28} caught: {caught}", canary.name),
+                None => say!("canary {:<28} NOT CAUGHT in {} runs", canary.name, canary.runs),
             }
         }
         let broken: usize = self.statistics().map(|statistics| statistics.failures.len()).sum();
-        println!("{broken} broken rules, {:.1} s", self.seconds);
+        say!("{broken} broken rules, {:.1} s", self.seconds);
     }
 }
 
 fn print_statistics(what: &str, statistics: &Statistics) {
     let hours = Duration::from_millis(statistics.virtual_ms).as_secs_f64() / 3600.0;
-    println!("{what}: {} runs, {} events, {hours:.0} h of virtual time", statistics.runs, statistics.events);
+    say!("{what}: {} runs, {} events, {hours:.0} h of virtual time", statistics.runs, statistics.events);
     for (ending, count) in &statistics.endings {
-        println!("  {:<44} {count:>7}", ending.to_string());
+        say!("  {:<44} {count:>7}", ending.to_string());
     }
-    println!("  {:<44} {:>7}", "(a side had to ask who owns the guest)", statistics.answered);
+    say!("  {:<44} {:>7}", "(a side had to ask who owns the guest)", statistics.answered);
     let faults: Vec<String> = statistics.faults.iter().map(|(fault, count)| format!("{fault} {count}")).collect();
-    println!("  faults: {}", if faults.is_empty() { "none".to_owned() } else { faults.join(", ") });
+    say!("  faults: {}", if faults.is_empty() { "none".to_owned() } else { faults.join(", ") });
     for failure in &statistics.failures {
         print_failure(failure);
     }
 }
 
 fn print_failure(failure: &Failure) {
-    println!("  VIOLATION in {}: {}", failure.name, failure.violation);
-    println!("    after {:?}; replay: cargo run --release -p pageferry-sim -- {}", failure.faults, failure.replay);
+    say!("  VIOLATION in {}: {}", failure.name, failure.violation);
+    say!("    after {:?}; replay: cargo run --release -p pageferry-sim -- {}", failure.faults, failure.replay);
 }
 
 fn print_json(value: &impl serde::Serialize) {
     match serde_json::to_string_pretty(value) {
-        Ok(text) => println!("{text}"),
+        Ok(text) => say!("{text}"),
         Err(error) => eprintln!("the report cannot be written as JSON: {error}"),
     }
 }

@@ -1,6 +1,7 @@
 //! What happened in a run: hashed always, so that a replay can prove to be one; printed when asked for.
 
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::time::Duration;
 
 /// The record of one run.
@@ -20,7 +21,8 @@ impl Trace {
         (now, who).hash(&mut self.hasher);
         what.hash(&mut self.hasher);
         if self.print {
-            println!("{:>14.6} ms  {who:<12} {}", now.as_secs_f64() * 1000.0, text());
+            // A reader that has closed the pipe has seen enough.
+            let _ = writeln!(std::io::stdout(), "{:>14.6} ms  {who:<12} {}", now.as_secs_f64() * 1000.0, text());
         }
     }
 
