@@ -59,7 +59,6 @@ fn bases() -> [Scenario; 2] {
     single.config.verify = Verify::Full;
     let mut several = Scenario::calm("two-lanes", small_layout(&[65, 3]));
     several.config.lanes = 2;
-    several.tears = true;
     several.tracking.manual = true;
     [single, several]
 }
