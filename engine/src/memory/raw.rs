@@ -13,7 +13,7 @@ const PREFETCH_AHEAD: usize = 2048;
 
 /// Lines of the next page that are fetched when a page is begun: the hardware goes on by itself once
 /// it has seen a page's first lines.
-const NEXT_PAGE_LINES: usize = 8;
+const NEXT_PAGE_LINES: usize = 12;
 
 /// Copies guest memory into a private buffer.
 ///
