@@ -119,9 +119,9 @@ pub(crate) struct ReceiveOptions {
     pub(crate) linger: Linger,
     #[command(flatten)]
     pub(crate) output: Output,
-    /// Ends when the process that started this one ends
-    #[arg(long, hide = true)]
-    pub(crate) with_parent: bool,
+    /// Ends when the process with this id, which started this one, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(crate) with_parent: Option<u32>,
 }
 
 /// `migrate send`.

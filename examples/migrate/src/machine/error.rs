@@ -56,6 +56,9 @@ pub(crate) enum MachineError {
     /// The payload did not answer.
     #[error("the guest has not {what} for {patience:?}; is it running?")]
     Silent { what: &'static str, patience: Duration },
+    /// Whoever waited for the guest does not any more.
+    #[error("the guest is not waited for any longer")]
+    NotAwaited,
     /// Calls in an order that the engine never uses.
     #[error("no guest has been prepared")]
     NotPrepared,

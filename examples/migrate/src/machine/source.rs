@@ -89,6 +89,9 @@ impl SourceVm for LiveGuest {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
+        if let Some(end) = self.handle().ended() {
+            return Err(MachineError::Ended(end).into());
+        }
         Ok(Description::of(&self.pc).write(out)?)
     }
 

@@ -131,7 +131,7 @@ fn payload(vcpus: u32) -> LiveGuest {
     let params = Params { working_set: 4 << 20, writes: Writes::Full, vcpus, ..Params::default() };
     let (_, mut guest) = boot_with_console(32 << 20, Boots::Payload(params));
     guest.resume().unwrap();
-    guest.wait_ready().unwrap();
+    guest.wait_ready(&|| true).unwrap();
     guest
 }
 

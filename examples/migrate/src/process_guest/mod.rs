@@ -52,6 +52,12 @@ pub(crate) enum ProcessGuestError {
         /// What is wrong with them.
         why: String,
     },
+    /// A thread of the guest's is gone: a defect of this program.
+    #[error("a vCPU thread of the guest has panicked")]
+    Dead,
+    /// Whoever waited for the guest does not any more.
+    #[error("the guest is not waited for any longer")]
+    NotAwaited,
     /// No guest is here.
     #[error("no guest has arrived")]
     NotHere,
@@ -74,7 +80,7 @@ mod tests {
 
     fn started(writes: Writes) -> ProcessGuest {
         let mut guest = ProcessGuest::start(MEMORY, Backing::Anonymous, params(writes)).unwrap();
-        guest.wait_ready().unwrap();
+        guest.wait_ready(&|| true).unwrap();
         guest
     }
 

@@ -12,7 +12,7 @@ use super::ProcessGuestError;
 use super::ram::Ram;
 use super::state::{Description, bytes_of};
 use super::tracker::ProcessTracker;
-use super::vcpus::{Vcpus, wait_until_ready};
+use super::vcpus::Vcpus;
 use crate::guest::{Guest, SelfCheck};
 use crate::workload::params::Params;
 
@@ -81,9 +81,12 @@ impl SourceVm for ProcessGuest {
 }
 
 impl Guest for ProcessGuest {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        wait_until_ready(&self.vcpus);
-        Ok(())
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        Ok(self.vcpus.wait_ready(go_on)?)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.vcpus.ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {

@@ -85,13 +85,18 @@ fn summary(report: &FinalReport) -> Vec<String> {
     if let Some(stall) = report.guest_longest_stall_ms {
         lines.push(format!("stall     {} at most between two heartbeats of the guest", show_ms(stall)));
     }
-    if let Some(beats) = report.guest_heartbeats_after {
-        let alive = if beats == 0 { "has stopped".to_owned() } else { format!("runs: {beats} heartbeats since") };
-        lines.push(format!("guest     {alive}"));
-    }
+    lines.extend(alive(report).map(|alive| format!("guest     {alive}")));
     lines.extend(cost(report));
     lines.push(proof(report));
     lines
+}
+
+fn alive(report: &FinalReport) -> Option<String> {
+    match (&report.guest_ended, report.guest_heartbeats_after) {
+        (Some(end), _) => Some(format!("has ended: {end}")),
+        (None, Some(0)) => Some("has stopped".to_owned()),
+        (None, beats) => Some(format!("runs: {} heartbeats since", beats?)),
+    }
 }
 
 fn head(report: &FinalReport) -> String {

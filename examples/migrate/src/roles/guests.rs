@@ -200,8 +200,12 @@ impl SourceVm for AnySource {
 }
 
 impl Guest for AnySource {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        self.guest.wait_ready()
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        self.guest.wait_ready(go_on)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.guest.ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {
@@ -302,8 +306,12 @@ impl DestinationVm for AnyDestination {
 }
 
 impl Guest for AnyDestination {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        self.here()?.wait_ready()
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        self.here()?.wait_ready(go_on)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.guest.as_ref()?.ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {

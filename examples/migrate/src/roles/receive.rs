@@ -24,8 +24,8 @@ pub(super) fn receive(options: &ReceiveOptions) -> ExitStatus {
 }
 
 fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitStatus, pageferry::vm::VmError> {
-    if options.with_parent {
-        parent::end_with_parent()?;
+    if let Some(parent) = options.with_parent {
+        parent::end_with(parent)?;
     }
     let operator = Operator::listen(false)?;
     let acceptor = Arc::new(TcpAcceptor::bind(&options.listen, tcp_options(options))?);
@@ -38,7 +38,10 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
     screen.report(&report);
     if report.owner == Owner::Destination && options.linger.linger == LingerTime::Forever {
         screen.note("the guest runs here; Ctrl-C ends it");
-        operator.wait_for_end();
+        if let Some(end) = afterwards::run_on(&guest, &operator) {
+            screen.note(&format!("the guest has ended: {end}"));
+            return Ok(ExitStatus::GuestWrong);
+        }
     }
     Ok(report.exit_status())
 }
