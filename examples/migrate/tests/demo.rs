@@ -126,3 +126,11 @@ fn an_interrupt_before_the_guest_is_ready_ends_the_program() {
         assert_eq!(demo.end().code, 3, "{kind}");
     }
 }
+
+#[test]
+fn memory_that_a_guest_never_touched_is_not_sent() {
+    let ended = run("demo --guest process --memory 256M --mix zero=100 --idle --after 50ms --linger 50ms");
+    assert_proven(ended.report());
+    let first = &ended.report()["rounds"][0];
+    assert!(first["pages"].as_u64().unwrap() < 65536 / 8, "{first}");
+}

@@ -19,7 +19,6 @@ use crate::workload::params::Params;
 /// A process guest that runs here and can be migrated away.
 #[derive(Debug)]
 pub(crate) struct ProcessGuest {
-    ram: Ram,
     params: Params,
     vcpus: Vcpus,
     tracker: ProcessTracker,
@@ -33,13 +32,13 @@ impl ProcessGuest {
         let vcpus = Vcpus::boot(ram.clone(), params)?;
         vcpus.release();
         let tracker = ProcessTracker::new(ram.memory());
-        Ok(Self { ram, params, vcpus, tracker, running: true })
+        Ok(Self { params, vcpus, tracker, running: true })
     }
 }
 
 impl SourceVm for ProcessGuest {
     fn memory(&self) -> Arc<dyn GuestMemory> {
-        self.ram.memory()
+        self.tracker.memory()
     }
 
     fn dirty(&mut self) -> &mut dyn DirtySource {

@@ -136,7 +136,8 @@ impl Vcpus {
             return SelfCheck::Wrong(end);
         }
         match self.wrong_pages() {
-            Some(wrong) => verdict(&wrong),
+            Some(wrong) if wrong.is_empty() => SelfCheck::Ok { pages: self.work.ram.page_count() },
+            Some(wrong) => describe(&wrong),
             None => SelfCheck::Wrong("the check itself has panicked".to_owned()),
         }
     }
@@ -159,10 +160,8 @@ impl Vcpus {
     }
 }
 
-fn verdict(wrong: &[(u64, Mismatch)]) -> SelfCheck {
-    let Some((page, Mismatch { offset, expected, found })) = wrong.first() else {
-        return SelfCheck::Ok;
-    };
+fn describe(wrong: &[(u64, Mismatch)]) -> SelfCheck {
+    let (page, Mismatch { offset, expected, found }) = &wrong[0];
     let count = wrong.len();
     SelfCheck::Wrong(format!(
         "page {page:#x} at offset {offset}: {found:#018x} instead of {expected:#018x}; {count} wrong pages in all"
