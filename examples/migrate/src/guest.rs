@@ -7,8 +7,11 @@ use pageferry::vm::{DestinationVm, SourceVm, VmResult};
 /// What a guest said after checking its own memory.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum SelfCheck {
-    /// Every byte is what it must be.
-    Ok,
+    /// Every byte of so many pages is what it must be.
+    Ok {
+        /// How many pages were checked.
+        pages: u64,
+    },
     /// The first wrong page, in words.
     Wrong(String),
     /// This guest does not know what its memory must hold (a Linux of the user's).

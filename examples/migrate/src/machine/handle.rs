@@ -53,6 +53,11 @@ impl GuestHandle {
         }
     }
 
+    /// Whether the guest is our own program, which answers questions.
+    pub(crate) fn is_payload(&self) -> bool {
+        self.payload
+    }
+
     /// How the guest ended, if it did: a crash or a switch-off, not a migration.
     pub(crate) fn ended(&self) -> Option<String> {
         self.watch.end()
@@ -99,7 +104,7 @@ impl GuestHandle {
             return Ok(SelfCheck::Unable);
         }
         let result = |line: Line<'_>| match line {
-            Line::CheckOk { .. } => Some(SelfCheck::Ok),
+            Line::CheckOk { pages, .. } => Some(SelfCheck::Ok { pages }),
             Line::CheckFailed(wrong) => Some(SelfCheck::Wrong(wrong.to_string())),
             _ => None,
         };

@@ -21,7 +21,10 @@ pub(super) fn question(guest: &mut dyn Guest, operator: &Operator, linger: Linge
     report.guest_heartbeats_after = count_heartbeats(guest, operator, linger);
     report.guest_longest_stall_ms = guest.longest_stall().ok().flatten().map(ms);
     report.guest_self_check = match guest.self_check() {
-        Ok(SelfCheck::Ok) => Some("ok".to_owned()),
+        Ok(SelfCheck::Ok { pages }) => {
+            report.guest_pages_checked = Some(pages);
+            Some("ok".to_owned())
+        }
         Ok(SelfCheck::Wrong(page)) => Some(page),
         Ok(SelfCheck::Unable) => None,
         Err(error) => Some(format!("no answer: {error}")),

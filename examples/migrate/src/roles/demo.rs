@@ -41,7 +41,7 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     let operator = Operator::listen(false)?;
     let destination = Destination::start(options)?;
     let address = destination.address()?;
-    let mut guest = guests::start(&options.guest, screen, false)?;
+    let mut guest = guests::start(&options.guest, screen, false, 2)?;
     if !became_ready(&mut guest, &operator)? || operator.wait(options.after) == Wish::Stop {
         return Ok(ended_early(screen, Role::Demo));
     }
@@ -88,6 +88,9 @@ impl Destination {
         command.args(["--peer-timeout", &milliseconds(options.limits.peer_timeout)]);
         command.args(["--settle-window", &milliseconds(options.limits.settle_window)]);
         command.args(["--backing", options.guest.backing.name()]);
+        if options.guest.overcommit {
+            command.arg("--overcommit");
+        }
         if options.prefault {
             command.arg("--prefault");
         }

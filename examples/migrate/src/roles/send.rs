@@ -27,7 +27,7 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     let operator = Operator::listen(options.moment.on_key)?;
-    let mut guest = guests::start(&options.guest, screen, !options.moment.on_key)?;
+    let mut guest = guests::start(&options.guest, screen, !options.moment.on_key, 1)?;
     if !became_ready(&mut guest, &operator)? {
         return Ok(ended_early(screen, Role::Send));
     }
