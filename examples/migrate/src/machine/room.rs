@@ -13,7 +13,11 @@ pub(crate) enum NoRoom {
     #[error("the guest has {} MiB of memory, this destination allows {} MiB (--max-memory)", needed >> 20, limit >> 20)]
     Limit { needed: u64, limit: u64 },
     /// The host does not have as much.
-    #[error("{} MiB of memory are needed, this host has {} MiB available", needed >> 20, available >> 20)]
+    #[error(
+        "{} MiB of memory are needed, this host has {} MiB available (--overcommit lets a guest start all the same)",
+        needed >> 20,
+        available >> 20
+    )]
     Host { needed: u64, available: u64 },
     /// The host's pool of huge pages does not have as much.
     #[error("{needed} huge pages of 2 MiB are needed, this host has {free} free (vm.nr_hugepages)")]

@@ -41,7 +41,7 @@ pub(crate) enum GuestError {
     )]
     UnknownKind(Option<u8>),
     /// More memory than the host has.
-    #[error("--memory {}{}: {refusal}; with --overcommit it is tried all the same", show_bytes(*memory), twice(*copies))]
+    #[error("--memory {}{}: {refusal}", show_bytes(*memory), twice(*copies))]
     NoRoom { memory: u64, copies: u64, refusal: NoRoom },
     /// Nothing has arrived.
     #[error("no guest has arrived")]
