@@ -44,7 +44,8 @@ impl MachineConfig {
     /// As many vCPUs, with every CPU feature that the host can give (except nested virtualisation,
     /// whose state this crate does not migrate).
     pub fn new(host: &Host, vcpus: u32) -> Self {
-        let cpuid = cpuid::default_for(host.supported_cpuid(), vcpus);
+        // More are refused later, with the right words.
+        let cpuid = cpuid::default_for(host.supported_cpuid(), vcpus.min(MAX_VCPUS));
         Self { vcpus, cpuid, tsc_khz: None, cpuid_in_force: Vec::new() }
     }
 
