@@ -52,13 +52,13 @@ impl Machine {
         add_controllers(&fd)?;
         let host_writes = Arc::new(HostWrites::new(memory.layout()));
         let vm = Arc::new(Vm::new(fd, memory)?);
-        let (fds, config) = make_vcpus(&vm.fd, host, config)?;
+        let (fds, mut config) = make_vcpus(&vm.fd, host, config)?;
         let features = host.features();
-        let knowledge = Knowledge {
-            msrs: MsrList::probe(&fds[0], host.msr_indices())?,
-            xsave: XsaveSize::from_capability(vm.fd.check_extension_int(Cap::Xsave2)),
-            features,
-        };
+        let msrs = MsrList::probe(&fds[0], host.msr_indices())?;
+        msrs.require(&config.msrs)?;
+        config.msrs = msrs.preset().to_vec();
+        let knowledge =
+            Knowledge { msrs, xsave: XsaveSize::from_capability(vm.fd.check_extension_int(Cap::Xsave2)), features };
         let vcpus = fds.into_iter().zip(0..).map(|(fd, index)| Vcpu::new(index, fd)).collect::<Result<_, _>>()?;
         let crew = Arc::new(Crew::new(vcpus, Arc::clone(&vm)));
         let throttle = Throttle::new(Arc::clone(&crew));
@@ -276,6 +276,21 @@ mod tests {
         };
         let refusal = Machine::new(&host, MachineConfig::new(&host, u32::MAX), memory()).unwrap_err();
         assert!(refusal.to_string().contains("vCPUs are not possible"), "{refusal}");
+    }
+
+    #[test]
+    fn an_msr_that_this_host_does_not_have_is_named_before_any_page_comes() {
+        let host = match Host::open() {
+            Ok(host) => host,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let source = Machine::new(&host, MachineConfig::new(&host, 1), memory()).unwrap();
+        let mut config = MachineConfig::from_bytes(&source.config().to_bytes()).unwrap();
+        assert!(!config.msrs.is_empty());
+        Machine::new(&host, config.clone(), memory()).unwrap();
+        config.msrs.push(0xdead_beef);
+        let refusal = Machine::new(&host, config, memory()).unwrap_err();
+        assert!(refusal.to_string().contains("MSR 0xdeadbeef"), "{refusal}");
     }
 
     #[test]

@@ -36,7 +36,9 @@ fn elf(code: &[u8]) -> Vec<u8> {
     let mut header = |kind: u32, offset: u64, address: u64, len: u64| {
         file.extend(kind.to_le_bytes());
         file.extend(7u32.to_le_bytes());
-        [offset, address, address, len, len, 4].iter().for_each(|number| file.extend(number.to_le_bytes()));
+        for number in [offset, address, address, len, len, 4] {
+            file.extend(number.to_le_bytes());
+        }
     };
     header(1, CODE, ENTRY.into(), code.len() as u64);
     header(4, NOTE, 0, 20);

@@ -14,7 +14,7 @@ use crate::ioctl::{self, XsaveSize};
 use crate::packed::{AtMost, Blob, Exact};
 
 /// MSRs in a state. KVM lists about 150 today; machine-check banks add four each.
-const MAX_MSRS: usize = 1024;
+pub(crate) const MAX_MSRS: usize = 1024;
 
 /// What this host knows about reading and writing the state of its vCPUs.
 #[derive(Clone, Debug)]

@@ -111,7 +111,9 @@ mod tests {
 
     fn shown(bytes: &[&[u8]]) -> Vec<String> {
         let (sender, receiver) = unbounded();
-        bytes.iter().for_each(|bytes| sender.send(bytes.to_vec()).unwrap());
+        for bytes in bytes {
+            sender.send(bytes.to_vec()).unwrap();
+        }
         drop(sender);
         let mut lines = Vec::new();
         show_bytes(&receiver, |line| lines.push(line.to_owned()));

@@ -89,7 +89,9 @@ impl Running {
         let children: Vec<u32> =
             processes().filter(|&(_, parent)| parent == self.child.id()).map(|(id, _)| id).collect();
         assert!(!children.is_empty(), "it has started no process");
-        children.into_iter().for_each(|child| send_signal("-KILL", child));
+        for child in children {
+            send_signal("-KILL", child);
+        }
     }
 
     /// Waits for the end.
