@@ -26,7 +26,7 @@ struct Cli {
     /// Print one JSON object instead of a table
     #[arg(long, global = true)]
     json: bool,
-    /// Also write the JSON to benches/results/<date>-<CLASS>/, where CLASS names this kind of machine
+    /// Also write the JSON to benches/results/DATE-CLASS/, where CLASS names this kind of machine
     #[arg(long, global = true, value_name = "CLASS")]
     record: Option<String>,
     #[command(subcommand)]

@@ -1,11 +1,11 @@
-//! Decoding and placing: checks a received `Pages` frame whole, then writes its pages into the
-//! destination's memory and keeps the digest of what lies there.
+//! Decoding and placing: checks what a received `Pages` frame names, writes its pages into the
+//! destination's memory, and keeps the digest of what lies there.
 
 use std::sync::Arc;
 
 use crate::digest::{HashTable, PageHash, PageHasher};
 use crate::encode::{Tally, checksum};
-use crate::memory::{GuestMemory, Layout, MemoryError, RegionId, page_offset};
+use crate::memory::{GuestMemory, MemoryError, PageWriter};
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
 use crate::wire::pages::{self, Coding, Record};
 use crate::wire::{FrameBuffer, WireError};
@@ -26,8 +26,7 @@ pub enum PlaceError {
 
 /// Places batches; each lane has one of its own, all share the hash table.
 pub struct Placer {
-    memory: Arc<dyn GuestMemory>,
-    layout: Layout,
+    writer: PageWriter,
     hasher: PageHasher,
     table: Arc<HashTable>,
     records: Vec<Record>,
@@ -43,44 +42,59 @@ impl std::fmt::Debug for Placer {
 impl Placer {
     /// A placer into a guest's memory, which must read as zeros where nothing was placed yet.
     pub fn new(memory: Arc<dyn GuestMemory>, hasher: PageHasher, table: Arc<HashTable>) -> Self {
-        let layout = memory.layout().clone();
-        Self { memory, layout, hasher, table, records: Vec::new(), hashes: Vec::new() }
+        Self { writer: PageWriter::new(memory), hasher, table, records: Vec::new(), hashes: Vec::new() }
     }
 
-    /// Checks a frame of kind `Pages` and places its pages. Nothing is written unless all of the
-    /// frame is valid.
+    /// Checks a frame of kind `Pages` and places its pages.
+    ///
+    /// Which pages a frame names is checked first. Literal pages are written as they are hashed, while
+    /// they are in the cache, and the checksum over records and hashes is compared afterwards: after an
+    /// error any page of the guest may hold anything, none counts as placed, and the migration must end.
     pub fn place(&mut self, frame: &FrameBuffer) -> Result<Tally, PlaceError> {
         let header = frame.header()?;
-        let (head, literals) = pages::decode(frame.body(), &self.layout, &mut self.records)?;
+        let (head, literals) = pages::decode(frame.body(), self.writer.layout(), &mut self.records)?;
         self.hashes.clear();
-        self.hashes.extend(literals.chunks_exact(PAGE_SIZE).map(|page| self.hasher.hash(page)));
-        header.verify(checksum(&header, head, &self.hashes))?;
-        let mut tally = Tally { wire_bytes: frame.bytes().len() as u64, ..Tally::default() };
-        let (mut literals, mut hashes) = (literals, self.hashes.iter());
-        for record in &self.records {
-            let outside = WireError::Pages { first: record.run.first.0, count: record.run.count };
-            let (region, first) = self.layout.locate_run(record.run).ok_or(outside)?;
-            match record.coding {
-                Coding::Zero => self.place_zeros(region, first, record.run, &mut tally)?,
-                Coding::Literal => {
-                    let bytes;
-                    (bytes, literals) = literals.split_at(record.run.count as usize * PAGE_SIZE);
-                    for (page, hash) in record.run.pages().zip(&mut hashes) {
-                        self.note(page, *hash, &mut tally);
-                    }
-                    self.memory.write(region, page_offset(first), bytes)?;
-                }
+        let (mut literals, _) = literals.as_chunks::<PAGE_SIZE>();
+        for record in self.records.iter().filter(|record| record.coding == Coding::Literal) {
+            let run = self.writer.run(record.run)?;
+            let pages;
+            (pages, literals) = literals.split_at(record.run.count as usize);
+            for (index, page) in (0..).zip(pages) {
+                self.hashes.push(self.hasher.hash(page));
+                run.write(index, page)?;
             }
         }
+        self.writer.finish();
+        header.verify(checksum(&header, head, &self.hashes))?;
+        let mut tally = Tally { wire_bytes: frame.bytes().len() as u64, ..Tally::default() };
+        self.count_in(&mut tally)?;
         Ok(tally)
     }
 
-    fn place_zeros(&self, region: RegionId, first: u64, run: PageRun, tally: &mut Tally) -> Result<(), MemoryError> {
+    /// Enters the pages of a sound frame in the table, and writes its zero pages.
+    fn count_in(&self, tally: &mut Tally) -> Result<(), MemoryError> {
+        let mut hashes = self.hashes.iter();
+        for record in &self.records {
+            match record.coding {
+                Coding::Literal => {
+                    for (page, hash) in record.run.pages().zip(&mut hashes) {
+                        self.note(page, *hash, tally);
+                    }
+                }
+                Coding::Zero => self.place_zeros(record.run, tally)?,
+            }
+        }
+        self.writer.finish();
+        Ok(())
+    }
+
+    fn place_zeros(&self, run: PageRun, tally: &mut Tally) -> Result<(), MemoryError> {
         tally.zero_pages += run.count;
-        for (index, page) in (first..).zip(run.pages()) {
+        let writer = self.writer.run(run)?;
+        for (index, page) in (0..).zip(run.pages()) {
             // A page with the zero hash was never written here: it reads as zeros already.
             if self.note(page, PageHash::ZERO, tally) != PageHash::ZERO {
-                self.memory.write(region, page_offset(index), &ZERO_PAGE)?;
+                writer.write(index, &ZERO_PAGE)?;
             }
         }
         Ok(())
@@ -102,7 +116,7 @@ mod tests {
     use crate::digest::{Digest, DigestKey};
     use crate::dirty::{Accumulator, DirtySink};
     use crate::encode::{EncodedBatch, Encoder, digest_runs, populated_runs};
-    use crate::memory::{Backing, MappedMemory, PageReader, Region};
+    use crate::memory::{Backing, Layout, MappedMemory, PageReader, Region, RegionId};
 
     struct Side {
         memory: Arc<MappedMemory>,
@@ -203,7 +217,7 @@ mod tests {
     }
 
     #[test]
-    fn a_damaged_frame_places_nothing() {
+    fn a_damaged_frame_is_refused_and_counts_for_nothing() {
         let (source, destination) = (side(), side());
         source.memory.write(RegionId(0), 0, &[7; 3 * 4096]).unwrap();
         let mut encoder = Encoder::new(source.memory.clone(), hasher(), source.table.clone());
@@ -219,7 +233,8 @@ mod tests {
                 assert!(placer.place(&frame).is_err(), "byte {at}");
             }
         }
-        assert_eq!(destination.memory.populated(RegionId(0)), Some(vec![]));
+        let counted = (0..500).map(PageNumber).filter(|page| destination.table.load(*page) != PageHash::ZERO);
+        assert_eq!(counted.count(), 0);
     }
 
     #[test]

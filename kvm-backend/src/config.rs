@@ -8,8 +8,9 @@ use crate::cpuid;
 use crate::error::KvmError;
 use crate::host::Host;
 use crate::packed::{AtMost, Exact, Format};
+use crate::state::MAX_MSRS;
 
-const FORMAT: Format = Format { what: "a machine's configuration", magic: *b"PFKVMCFG", version: 1 };
+const FORMAT: Format = Format { what: "a machine's configuration", magic: *b"PFKVMCFG", version: 2 };
 
 /// Most vCPUs: APIC ids of 8 bits, of which 255 means all.
 pub(crate) const MAX_VCPUS: u32 = 255;
@@ -28,6 +29,8 @@ pub struct MachineConfig {
     /// The CPUID entries as KVM has put them into force at the source, which may have added bits. Empty until the
     /// machine is made.
     pub(crate) cpuid_in_force: Vec<kvm_cpuid_entry2>,
+    /// The MSRs that the destination must have. Empty until the machine is made.
+    pub(crate) msrs: Vec<u32>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -36,6 +39,7 @@ struct Packed {
     tsc_khz: Option<u32>,
     cpuid: Entries,
     cpuid_in_force: Entries,
+    msrs: AtMost<u32, MAX_MSRS>,
 }
 
 type Entries = AtMost<Exact<kvm_cpuid_entry2>, KVM_MAX_CPUID_ENTRIES>;
@@ -44,8 +48,9 @@ impl MachineConfig {
     /// As many vCPUs, with every CPU feature that the host can give (except nested virtualisation,
     /// whose state this crate does not migrate).
     pub fn new(host: &Host, vcpus: u32) -> Self {
-        let cpuid = cpuid::default_for(host.supported_cpuid(), vcpus);
-        Self { vcpus, cpuid, tsc_khz: None, cpuid_in_force: Vec::new() }
+        // More are refused later, with the right words.
+        let cpuid = cpuid::default_for(host.supported_cpuid(), vcpus.min(MAX_VCPUS));
+        Self { vcpus, cpuid, tsc_khz: None, cpuid_in_force: Vec::new(), msrs: Vec::new() }
     }
 
     /// Bytes for the destination, to go into `SourceVm::describe`. Take them from
@@ -56,6 +61,7 @@ impl MachineConfig {
             tsc_khz: self.tsc_khz,
             cpuid: pack(&self.cpuid),
             cpuid_in_force: pack(&self.cpuid_in_force),
+            msrs: AtMost(self.msrs.clone()),
         };
         FORMAT.pack(&packed)
     }
@@ -68,6 +74,7 @@ impl MachineConfig {
             tsc_khz: packed.tsc_khz,
             cpuid: unpack(packed.cpuid),
             cpuid_in_force: unpack(packed.cpuid_in_force),
+            msrs: packed.msrs.0,
         })
     }
 
@@ -101,8 +108,13 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_journey_and_damage_does_not() {
         let entry = kvm_cpuid_entry2 { function: 7, ebx: 0x20, ..Default::default() };
-        let config =
-            MachineConfig { vcpus: 3, cpuid: vec![entry; 40], tsc_khz: Some(2_000_000), cpuid_in_force: vec![entry] };
+        let config = MachineConfig {
+            vcpus: 3,
+            cpuid: vec![entry; 40],
+            tsc_khz: Some(2_000_000),
+            cpuid_in_force: vec![entry],
+            msrs: vec![0x10, 0x277],
+        };
         let bytes = config.to_bytes();
         assert_eq!(MachineConfig::from_bytes(&bytes).unwrap(), config);
         assert!((0..bytes.len()).all(|len| MachineConfig::from_bytes(&bytes[..len]).is_err()));

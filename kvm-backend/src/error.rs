@@ -72,6 +72,12 @@ pub enum KvmError {
         /// The vCPU.
         index: u32,
     },
+    /// A vCPU's registers are for one holder at a time.
+    #[error("the registers of vCPU {index} are held already: drop the other `PausedVcpu` first")]
+    Held {
+        /// The vCPU.
+        index: u32,
+    },
     /// A vCPU did not stop: the VMM's exit handler does not return.
     #[error("vCPU {index} did not stop within {seconds} s: an exit handler of the VMM does not return")]
     Stuck {

@@ -52,13 +52,13 @@ impl Machine {
         add_controllers(&fd)?;
         let host_writes = Arc::new(HostWrites::new(memory.layout()));
         let vm = Arc::new(Vm::new(fd, memory)?);
-        let (fds, config) = make_vcpus(&vm.fd, host, config)?;
+        let (fds, mut config) = make_vcpus(&vm.fd, host, config)?;
         let features = host.features();
-        let knowledge = Knowledge {
-            msrs: MsrList::probe(&fds[0], host.msr_indices())?,
-            xsave: XsaveSize::from_capability(vm.fd.check_extension_int(Cap::Xsave2)),
-            features,
-        };
+        let msrs = MsrList::probe(&fds[0], host.msr_indices())?;
+        msrs.require(&config.msrs)?;
+        config.msrs = msrs.preset().to_vec();
+        let knowledge =
+            Knowledge { msrs, xsave: XsaveSize::from_capability(vm.fd.check_extension_int(Cap::Xsave2)), features };
         let vcpus = fds.into_iter().zip(0..).map(|(fd, index)| Vcpu::new(index, fd)).collect::<Result<_, _>>()?;
         let crew = Arc::new(Crew::new(vcpus, Arc::clone(&vm)));
         let throttle = Throttle::new(Arc::clone(&crew));
@@ -96,7 +96,7 @@ impl Machine {
         IrqLine { vm: Arc::clone(&self.vm), gsi }
     }
 
-    /// A vCPU's registers; an error while it runs.
+    /// A vCPU's registers; an error while it runs, and while somebody else holds them.
     pub fn vcpu(&self, index: u32) -> Result<PausedVcpu<'_>, KvmError> {
         let vcpu = self.crew.vcpus.get(index as usize);
         let vcpu = vcpu.ok_or_else(|| KvmError::Config(format!("there is no vCPU {index}")))?;
@@ -113,10 +113,13 @@ impl Machine {
         Ok(())
     }
 
-    /// Runs the vCPUs.
+    /// Runs the vCPUs. A guest with KVM's clock is told that it stood still, so that its watchdogs do not bark.
     pub fn resume(&self) -> Result<(), KvmError> {
         if self.threads.is_none() {
             return Err(KvmError::Order { is: "not started", remedy: "call start with an exit handler first" });
+        }
+        if self.knowledge.features.clock_control && !self.is_running() {
+            self.crew.vcpus.iter().try_for_each(tell_of_pause)?;
         }
         self.crew.resume()
     }
@@ -156,6 +159,16 @@ impl Machine {
     /// ever run. The bytes come from the peer and are checked; after an error the machine must not run.
     pub fn load(&self, state: &[u8]) -> Result<(), KvmError> {
         state::load(&self.vm, &self.crew.vcpus, &self.knowledge, state)
+    }
+}
+
+/// Refused with `EINVAL` when the guest does not use KVM's clock: then its watchdogs do not ask for it either.
+fn tell_of_pause(vcpu: &Vcpu) -> Result<(), KvmError> {
+    match vcpu.paused()?.kvmclock_ctrl() {
+        Err(error) if error.errno() != libc::EINVAL => {
+            Err(call(format!("telling vCPU {} that it was paused", vcpu.index))(error))
+        }
+        _ => Ok(()),
     }
 }
 
@@ -237,14 +250,56 @@ mod tests {
     use super::*;
     use pageferry::memory::{Backing, Layout, MappedMemory, Region};
 
+    fn memory() -> Arc<MappedMemory> {
+        let layout = Layout::new(vec![Region::ram("ram", 0, 1 << 20)]).unwrap();
+        Arc::new(MappedMemory::new(layout, Backing::Memfd).unwrap())
+    }
+
+    #[test]
+    fn registers_that_somebody_holds_are_an_error_and_no_deadlock() {
+        let host = match Host::open() {
+            Ok(host) => host,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let machine = Machine::new(&host, MachineConfig::new(&host, 1), memory()).unwrap();
+        let held = machine.vcpu(0).unwrap();
+        assert!(matches!(machine.vcpu(0), Err(KvmError::Held { index: 0 })));
+        drop(held);
+        assert!(machine.vcpu(0).is_ok());
+    }
+
+    #[test]
+    fn an_impossible_number_of_vcpus_is_refused_and_no_panic() {
+        let host = match Host::open() {
+            Ok(host) => host,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let refusal = Machine::new(&host, MachineConfig::new(&host, u32::MAX), memory()).unwrap_err();
+        assert!(refusal.to_string().contains("vCPUs are not possible"), "{refusal}");
+    }
+
+    #[test]
+    fn an_msr_that_this_host_does_not_have_is_named_before_any_page_comes() {
+        let host = match Host::open() {
+            Ok(host) => host,
+            Err(error) => return println!("skipped: {error}"),
+        };
+        let source = Machine::new(&host, MachineConfig::new(&host, 1), memory()).unwrap();
+        let mut config = MachineConfig::from_bytes(&source.config().to_bytes()).unwrap();
+        assert!(!config.msrs.is_empty());
+        Machine::new(&host, config.clone(), memory()).unwrap();
+        config.msrs.push(0xdead_beef);
+        let refusal = Machine::new(&host, config, memory()).unwrap_err();
+        assert!(refusal.to_string().contains("MSR 0xdeadbeef"), "{refusal}");
+    }
+
     #[test]
     fn bits_that_the_sources_kvm_added_count_as_well() {
         let host = match Host::open() {
             Ok(host) => host,
             Err(error) => return println!("skipped: {error}"),
         };
-        let layout = Layout::new(vec![Region::ram("ram", 0, 1 << 20)]).unwrap();
-        let memory = Arc::new(MappedMemory::new(layout, Backing::Memfd).unwrap());
+        let memory = memory();
         let source = Machine::new(&host, MachineConfig::new(&host, 1), memory.clone()).unwrap();
         let mut config = MachineConfig::from_bytes(&source.config().to_bytes()).unwrap();
         Machine::new(&host, config.clone(), memory.clone()).unwrap();

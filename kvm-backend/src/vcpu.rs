@@ -10,7 +10,7 @@
 //! `EINTR`; only then it goes to the gate.
 
 use std::ops::ControlFlow;
-use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::sync::{Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use kvm_ioctls::{VcpuExit, VcpuFd};
@@ -64,7 +64,11 @@ impl Vcpu {
         if gate.order == Order::Run || !gate.parked {
             return Err(KvmError::Running { index: self.index });
         }
-        Ok(self.fd())
+        match self.fd.try_lock() {
+            Ok(fd) => Ok(fd),
+            Err(TryLockError::Poisoned(poisoned)) => Ok(poisoned.into_inner()),
+            Err(TryLockError::WouldBlock) => Err(KvmError::Held { index: self.index }),
+        }
     }
 
     /// Gives an order and makes the thread notice it.

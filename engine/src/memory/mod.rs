@@ -5,12 +5,14 @@ mod layout;
 mod mapped;
 mod raw;
 mod reader;
+mod writer;
 
 pub use layout::{Layout, LayoutError, Region, RegionId, Transfer};
 pub use mapped::{Backing, MappedMemory};
 use raw::{copy_from_guest, copy_from_guest_unless_zero, copy_to_guest};
 pub use raw::{is_zero, is_zero_portable};
 pub(crate) use reader::PageReader;
+pub(crate) use writer::PageWriter;
 
 use std::ops::Range;
 use std::ptr::NonNull;

@@ -13,7 +13,7 @@ const PREFETCH_AHEAD: usize = 2048;
 
 /// Lines of the next page that are fetched when a page is begun: the hardware goes on by itself once
 /// it has seen a page's first lines.
-const NEXT_PAGE_LINES: usize = 8;
+const NEXT_PAGE_LINES: usize = 12;
 
 /// Copies guest memory into a private buffer.
 ///
@@ -38,7 +38,8 @@ pub(crate) unsafe fn copy_to_guest(from: &[u8], target: *mut u8) {
         && std::arch::is_x86_feature_detected!("avx2")
     {
         // SAFETY: AVX2 is there, whole pages, an aligned target; the caller vouches for the rest.
-        return unsafe { stream_pages_avx2(from, target) };
+        unsafe { stream_pages_avx2(from, target) };
+        return finish_streaming();
     }
     // SAFETY: the caller vouches for the target; `from` is a valid slice.
     unsafe { copy_opaque(from.as_ptr(), target, from.len()) }
@@ -93,19 +94,43 @@ unsafe fn copy_blocks_avx2(source: *const u8, into: &mut [u8]) {
     }
 }
 
+/// Copies one page into guest memory past the caches. Other threads see it after
+/// [`finish_streaming`]: the fence waits for memory, so one serves many pages.
+///
+/// # Safety
+///
+/// `target` must be writable for a page and aligned to one.
+pub(crate) unsafe fn stream_page(from: &[u8; PAGE_SIZE], target: *mut u8) {
+    #[cfg(target_arch = "x86_64")]
+    if std::arch::is_x86_feature_detected!("avx2") {
+        // SAFETY: AVX2 is there; the caller vouches for the target.
+        return unsafe { stream_pages_avx2(from, target) };
+    }
+    // SAFETY: the caller vouches for the target.
+    unsafe { copy_opaque(from.as_ptr(), target, PAGE_SIZE) }
+}
+
+/// Makes streamed pages visible to other threads: streaming stores are ordered by nothing else.
+pub(crate) fn finish_streaming() {
+    #[cfg(target_arch = "x86_64")]
+    #[allow(unused_unsafe)] // safe in later versions of Rust
+    // SAFETY: SSE is part of x86-64.
+    unsafe {
+        std::arch::x86_64::_mm_sfence();
+    }
+}
+
 /// Copies whole pages to an aligned target with stores that bypass the caches.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
 unsafe fn stream_pages_avx2(from: &[u8], target: *mut u8) {
-    use std::arch::x86_64::{__m256i, _mm_sfence, _mm256_loadu_si256, _mm256_stream_si256};
+    use std::arch::x86_64::{__m256i, _mm256_loadu_si256, _mm256_stream_si256};
     #[allow(clippy::cast_ptr_alignment)] // the target is page-aligned
     let to = target.cast::<__m256i>();
     for (index, vector) in from.chunks_exact(32).enumerate() {
         // SAFETY: inside both ranges; the caller vouches for the target and its alignment.
         unsafe { _mm256_stream_si256(to.add(index), _mm256_loadu_si256(vector.as_ptr().cast())) };
     }
-    // Streaming stores are ordered by nothing else: other threads must see the pages.
-    _mm_sfence();
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -7,7 +7,8 @@
 //! native speed even where the hypervisor emulates ring 0.
 //!
 //! vCPU 0 leads: it starts the others, gives the orders that all carry out together, looks at the clock, prints.
-//! What a check covers: all RAM that the loader's map reports except the stacks, 28 KiB per vCPU.
+//! What a check covers: all RAM that the loader's map reports except the stacks, 28 KiB per vCPU. The map does not report
+//! 0x9f000 to 0x100000 (the firmware's area on a PC): memory that migrates like all other, but is never checked here.
 #![no_std]
 #![no_main]
 

@@ -7,8 +7,11 @@ use pageferry::vm::{DestinationVm, SourceVm, VmResult};
 /// What a guest said after checking its own memory.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) enum SelfCheck {
-    /// Every byte is what it must be.
-    Ok,
+    /// Every byte of so many pages is what it must be.
+    Ok {
+        /// How many pages were checked.
+        pages: u64,
+    },
     /// The first wrong page, in words.
     Wrong(String),
     /// This guest does not know what its memory must hold (a Linux of the user's).
@@ -17,8 +20,11 @@ pub(crate) enum SelfCheck {
 
 /// Questions to a guest, on whichever side it is.
 pub(crate) trait Guest {
-    /// Waits until memory is filled and the guest has begun its work.
-    fn wait_ready(&mut self) -> VmResult<()>;
+    /// Waits until memory is filled and the guest has begun its work, or `go_on` says no: that is an error.
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()>;
+
+    /// How the guest ended, if it did by itself: a crash, a reset or a switch-off.
+    fn ended(&self) -> Option<String>;
 
     /// A count of heartbeats that grows while the guest runs on this side; `None` when this guest
     /// has no heart (a Linux of the user's).
@@ -27,8 +33,9 @@ pub(crate) trait Guest {
     /// Forgets the stalls so far: what is measured from here on belongs to the migration.
     fn reset_stall(&mut self) -> VmResult<()>;
 
-    /// The longest time between two heartbeats since the last reset, by the guest's own clock; the
-    /// measurement moves with the guest. `None` when this guest does not tell.
+    /// The longest time between two heartbeats since the last reset; the measurement moves with the guest.
+    /// Across the hand-over the hosts' clocks count as well: the guest's own may stand still there.
+    /// `None` when this guest does not tell.
     fn longest_stall(&mut self) -> VmResult<Option<Duration>>;
 
     /// Has the guest compare every byte of its memory with what it must hold.

@@ -52,6 +52,20 @@ fn an_address_that_cannot_be_listened_on_ends_with_code_7() {
 }
 
 #[test]
+fn more_memory_than_the_host_has_is_refused_before_any_of_it_is_touched() {
+    for kind in common::guest_kinds() {
+        let (code, _, stderr) = plain(&format!("demo --guest {kind} --memory 400000G"));
+        assert_eq!(code, 7, "{stderr}");
+        assert!(stderr.contains("both copies") && stderr.contains("--overcommit"), "{stderr}");
+    }
+    if common::guest_kinds().contains(&"kvm") {
+        let (code, _, stderr) = plain("demo --guest kvm --memory 600G --overcommit");
+        assert_eq!(code, 7, "{stderr}");
+        assert!(stderr.contains("511 GiB") && !stderr.contains("KVM guest"), "{stderr}");
+    }
+}
+
+#[test]
 fn a_kernel_that_cannot_be_read_is_named() {
     if common::guest_kinds().contains(&"kvm") {
         let (code, _, stderr) = plain("send --to 127.0.0.1:9 --guest kvm --kernel /no/such/kernel");

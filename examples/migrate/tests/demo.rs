@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{guest_kinds, program, run};
+use common::{Running, assert_guest_is_well_at_the_source, guest_kinds, program, run};
 use serde_json::Value;
 
 const SMALL: &str = "--memory 64M --after 200ms --linger 200ms";
@@ -93,4 +93,44 @@ fn people_get_tables_the_downtime_and_the_proof_without_colours() {
     assert!(text.starts_with("round ") && text.contains("\ndowntime "), "{text}");
     assert!(notes.contains("process guest: 64 MiB, 2 vCPUs"), "{notes}");
     assert!(!text.contains('\x1b') && !notes.contains('\x1b'));
+}
+
+#[test]
+fn a_destination_that_dies_with_the_guest_is_no_success() {
+    for kind in guest_kinds() {
+        let mut demo = Running::start(&format!("demo --guest {kind} --memory 32M --after 50ms --linger 60s"));
+        demo.wait_for("handed_over");
+        demo.kill_children();
+        let ended = demo.end();
+        assert_eq!(ended.code, 6, "{kind}: {:?}", ended.lines.last());
+        assert_eq!(ended.report()["outcome"], "failed", "{kind}");
+        assert!(ended.report()["error"].as_str().unwrap().contains("destination"), "{kind}");
+    }
+}
+
+#[test]
+fn a_link_that_cannot_be_opened_leaves_the_guest_where_it_is() {
+    for link in ["--interface nosuch0", "--bind 203.0.113.99"] {
+        let ended = run(&format!("demo --guest process {SMALL} {link}"));
+        assert_eq!(ended.code, 1, "{link}: {:?}", ended.lines.last());
+        assert_guest_is_well_at_the_source(ended.report());
+    }
+}
+
+#[test]
+fn an_interrupt_before_the_guest_is_ready_ends_the_program() {
+    for kind in guest_kinds() {
+        let mut demo = Running::start(&format!("demo --guest {kind} --memory 512M --after 1h"));
+        demo.wait_for("note");
+        demo.interrupt();
+        assert_eq!(demo.end().code, 3, "{kind}");
+    }
+}
+
+#[test]
+fn memory_that_a_guest_never_touched_is_not_sent() {
+    let ended = run("demo --guest process --memory 256M --mix zero=100 --idle --after 50ms --linger 50ms");
+    assert_proven(ended.report());
+    let first = &ended.report()["rounds"][0];
+    assert!(first["pages"].as_u64().unwrap() < 65536 / 8, "{first}");
 }

@@ -9,7 +9,7 @@ mod msrs;
 mod vcpu;
 
 pub(crate) use msrs::MsrList;
-pub(crate) use vcpu::Knowledge;
+pub(crate) use vcpu::{Knowledge, MAX_MSRS};
 
 use serde::{Deserialize, Serialize};
 

@@ -25,7 +25,11 @@ const MTRRS: [u32; 28] = [
 /// The MSRs that make up a vCPU's state on this host, the TSC deadline last: it can be set only when the TSC and
 /// the local APIC are as they were.
 #[derive(Clone, Debug)]
-pub(crate) struct MsrList(Vec<u32>);
+pub(crate) struct MsrList {
+    indices: Vec<u32>,
+    /// Those that are not zero in a vCPU that has not run.
+    preset: Vec<u32>,
+}
 
 impl MsrList {
     /// Tries out which MSRs of `candidates`, and of those that KVM does not list, a vCPU has. It must
@@ -39,13 +43,27 @@ impl MsrList {
         indices.retain(|&index| !is_left_out(index));
         indices.sort_by_key(|&index| index == IA32_TSC_DEADLINE);
         let readable = readable(vcpu, &indices)?;
-        Ok(Self(writable(vcpu, &readable)?))
+        let indices = writable(vcpu, &readable)?;
+        let preset = readable.iter().filter(|msr| msr.data != 0 && indices.contains(&msr.index));
+        Ok(Self { preset: preset.map(|msr| msr.index).collect(), indices })
+    }
+
+    /// The MSRs that a destination must have: where one is missing, its value can never be taken over.
+    pub(crate) fn preset(&self) -> &[u32] {
+        &self.preset
+    }
+
+    /// Refuses a source's preset MSRs if this host does not have them all.
+    pub(crate) fn require(&self, preset: &[u32]) -> Result<(), KvmError> {
+        let missing = preset.iter().filter(|index| !self.indices.contains(index));
+        let missing: Vec<_> = missing.map(|index| format!("MSR {index:#x}")).collect();
+        if missing.is_empty() { Ok(()) } else { Err(KvmError::Cpu(missing)) }
     }
 
     /// Reads all of them.
     pub(crate) fn read(&self, vcpu: &VcpuFd, index: u32) -> Result<Vec<kvm_msr_entry>, KvmError> {
-        let mut values = Vec::with_capacity(self.0.len());
-        for chunk in self.0.chunks(KVM_MAX_MSR_ENTRIES) {
+        let mut values = Vec::with_capacity(self.indices.len());
+        for chunk in self.indices.chunks(KVM_MAX_MSR_ENTRIES) {
             let mut msrs = entries(chunk.iter().map(|&index| kvm_msr_entry { index, ..Default::default() }))?;
             let read = vcpu.get_msrs(&mut msrs).map_err(call(format!("reading the MSRs of vCPU {index}")))?;
             if let Some(&failed) = chunk.get(read) {

@@ -14,7 +14,7 @@ use crate::ioctl::{self, XsaveSize};
 use crate::packed::{AtMost, Blob, Exact};
 
 /// MSRs in a state. KVM lists about 150 today; machine-check banks add four each.
-const MAX_MSRS: usize = 1024;
+pub(crate) const MAX_MSRS: usize = 1024;
 
 /// What this host knows about reading and writing the state of its vCPUs.
 #[derive(Clone, Debug)]
@@ -85,12 +85,7 @@ impl VcpuState {
         let values: Vec<_> = self.msrs.0.iter().map(|Exact(entry)| *entry).collect();
         msrs::write(vcpu, index, &values)?;
         vcpu.set_mp_state(self.mp_state.0).map_err(call(what("the run state")))?;
-        vcpu.set_vcpu_events(&self.events.0).map_err(call(what("the pending events")))?;
-        if knowledge.features.clock_control {
-            // Refused when the guest does not use KVM's clock; then its watchdogs do not ask for it either.
-            let _ = vcpu.kvmclock_ctrl();
-        }
-        Ok(())
+        vcpu.set_vcpu_events(&self.events.0).map_err(call(what("the pending events")))
     }
 
     fn set_pdptrs(&self, vcpu: &VcpuFd, knowledge: &Knowledge) -> std::io::Result<()> {

@@ -26,18 +26,18 @@ pub struct TcpOptions {
     /// and a receive window that stays shut); keepalive probes start after half of it and come every
     /// tenth of it (both whole seconds, at least one) until it is used up.
     pub dead_peer_after: Duration,
-    /// Most bytes that wait in a socket before they are sent (`TCP_NOTSENT_LOWAT`). Default 512 KiB.
+    /// Most bytes that wait in a socket before they are sent (`TCP_NOTSENT_LOWAT`). Default 256 KiB.
     ///
-    /// What waits there delays whatever is sent next, at the switch-over as downtime: 42 ms at
+    /// What waits there delays whatever is sent next, at the switch-over as downtime: 21 ms at
     /// 100 Mbps by default, where the 4 MiB to which Linux lets a send buffer grow are 335 ms. What
     /// has been sent and is not yet acknowledged does not count, so that the limit does not slow
-    /// down a long or fast link.
+    /// down a long or fast link (`benches/NOTES.md` has the measurements).
     pub unsent_limit: u32,
 }
 
 impl Default for TcpOptions {
     fn default() -> Self {
-        Self { interface: None, dead_peer_after: Duration::from_secs(10), unsent_limit: 512 << 10 }
+        Self { interface: None, dead_peer_after: Duration::from_secs(10), unsent_limit: 256 << 10 }
     }
 }
 
@@ -125,6 +125,6 @@ mod tests {
         assert_eq!(socket.tcp_keepalive_interval().unwrap(), Duration::from_secs(3));
         assert_eq!(socket.tcp_keepalive_retries().unwrap(), 5);
         assert_eq!(socket.tcp_user_timeout().unwrap(), Some(Duration::from_secs(30)));
-        assert_eq!(socket.tcp_notsent_lowat().unwrap(), 512 << 10);
+        assert_eq!(socket.tcp_notsent_lowat().unwrap(), 256 << 10);
     }
 }

@@ -16,7 +16,7 @@ pub(crate) enum ExitStatus {
     Cancelled = 3,
     /// Nobody can tell yet which side owns the guest; it is paused at the source.
     Undecided = 4,
-    /// The guest found a wrong page in its own memory, or did not answer.
+    /// The guest found a wrong page in its own memory, did not answer, or has ended.
     GuestWrong = 5,
     /// The guest runs at the destination, but something failed after that.
     FailedAfterwards = 6,
@@ -38,7 +38,7 @@ Exit codes:
   2  the command line was wrong
   3  the migration was cancelled (Ctrl-C); the guest is at the source
   4  undecided which side owns the guest; it is paused at the source
-  5  the guest found a wrong page in its memory, or did not answer
+  5  the guest found a wrong page in its memory, did not answer, or has ended
   6  the guest runs at the destination, but something failed after that
   7  the guest or the listener could not be set up; nothing was tried
 

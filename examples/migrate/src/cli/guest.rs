@@ -6,7 +6,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::units::{UnitError, rate, show_bytes, show_rate, size};
+use super::units::{UnitError, rate, show_bytes, show_count, show_rate, size};
 use crate::workload::params::{self as workload, Mix, Params, Rate};
 
 const DEFAULT_MIX: &str = "zero=30,duplicate=10,text=40,random=20";
@@ -48,6 +48,9 @@ pub(crate) struct GuestOptions {
     /// What stands behind the guest's memory
     #[arg(long, value_name = "KIND", value_enum, default_value_t)]
     pub(crate) backing: Backing,
+    /// Start the guest even if the host has less memory than it could touch
+    #[arg(long)]
+    pub(crate) overcommit: bool,
     /// Boot this kernel (PVH or 64-bit ELF, or bzImage) instead of the built-in guest program
     #[arg(long, value_name = "FILE")]
     pub(crate) kernel: Option<PathBuf>,
@@ -83,7 +86,7 @@ impl GuestOptions {
             Rate::Max => format!("writes as fast as it can over {working_set}"),
         };
         let whole = if params.writes == workload::Writes::Full { "whole pages" } else { "a few bytes a page" };
-        format!("{memory}, {} vCPUs, {writes} ({whole}), seed {}", self.vcpus, params.seed)
+        format!("{memory}, {}, {writes} ({whole}), seed {}", show_count(self.vcpus, "vCPU"), params.seed)
     }
 }
 

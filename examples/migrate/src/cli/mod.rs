@@ -99,6 +99,9 @@ pub(crate) struct ReceiveOptions {
     /// Most memory to give a guest; without it, what the host has available
     #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Guest")]
     pub(crate) max_memory: Option<u64>,
+    /// Take a guest even if the host has less memory than it could touch
+    #[arg(long, help_heading = "Guest")]
+    pub(crate) overcommit: bool,
     /// What stands behind the guest's memory here
     #[arg(long, value_name = "KIND", value_enum, default_value_t, help_heading = "Guest")]
     pub(crate) backing: Backing,
@@ -119,9 +122,9 @@ pub(crate) struct ReceiveOptions {
     pub(crate) linger: Linger,
     #[command(flatten)]
     pub(crate) output: Output,
-    /// Ends when the process that started this one ends
-    #[arg(long, hide = true)]
-    pub(crate) with_parent: bool,
+    /// Ends when the process with this id, which started this one, ends
+    #[arg(long, value_name = "PID", hide = true)]
+    pub(crate) with_parent: Option<u32>,
 }
 
 /// `migrate send`.

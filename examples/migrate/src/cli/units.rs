@@ -54,6 +54,11 @@ pub(crate) fn duration(text: &str) -> Result<Duration, UnitError> {
     Duration::try_from_secs_f64(number * seconds).map_err(|_| UnitError::TooLarge(text.to_owned()))
 }
 
+/// A number of things: `1 vCPU`, `2 vCPUs`.
+pub(crate) fn show_count(count: u32, thing: &str) -> String {
+    format!("{count} {thing}{}", if count == 1 { "" } else { "s" })
+}
+
 /// The number in front, and what follows it.
 fn split<'a>(text: &'a str, example: &'static str) -> Result<(f64, &'a str), UnitError> {
     let text = text.trim();

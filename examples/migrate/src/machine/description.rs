@@ -12,7 +12,7 @@ use super::error::MachineError;
 use super::pc::{Kind, Pc};
 
 /// Changes whenever one of the blocks does.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// More machine state than any guest of this program has; a peer cannot make us read more.
 const STATE_MAX: u64 = 64 << 20;
@@ -111,7 +111,11 @@ fn read<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, Mach
         return Err(MachineError::invalid(what, &"it is empty"));
     };
     match u16::from_le_bytes(*version) {
-        VERSION => postcard::from_bytes(block).map_err(|error| MachineError::invalid(what, &error)),
+        VERSION => match postcard::take_from_bytes(block) {
+            Ok((value, [])) => Ok(value),
+            Ok((_, rest)) => Err(MachineError::invalid(what, &format!("{} bytes follow its end", rest.len()))),
+            Err(error) => Err(MachineError::invalid(what, &error)),
+        },
         theirs => Err(MachineError::Version { theirs, ours: VERSION }),
     }
 }
@@ -139,9 +143,11 @@ mod tests {
         for len in 0..bytes.len() {
             assert!(Description::read(&bytes[..len]).is_err(), "{len} bytes");
         }
+        let longer = [bytes.as_slice(), &[0]].concat();
+        assert!(Description::read(&longer).unwrap_err().to_string().contains("1 bytes follow"));
         bytes[0] = 99;
         let error = Description::read(&bytes).unwrap_err().to_string();
-        assert!(error.contains("version 99") && error.contains("version 1"), "{error}");
+        assert!(error.contains("version 99") && error.contains("version 2"), "{error}");
     }
 
     #[test]

@@ -17,8 +17,8 @@ use super::{ram, room};
 /// What the operator of a destination decides.
 #[derive(Debug, Default)]
 pub(crate) struct ArrivalConfig {
-    /// Most guest memory to make room for; `None` for what the host has.
-    pub(crate) max_memory: Option<u64>,
+    /// How much guest memory to make room for.
+    pub(crate) allowance: room::Allowance,
     /// What the guest's memory is made of here; `None` for the same as at the source.
     pub(crate) backing: Option<GuestBacking>,
     /// Touch all memory before the first page comes.
@@ -62,7 +62,7 @@ impl ArrivingGuest {
             return Err(MachineError::invalid("memory layout", &"it is not one of this program's"));
         }
         let backing = self.config.backing.unwrap_or(description.kind.backing);
-        room::check(description.ram_bytes, backing.into(), self.config.max_memory)?;
+        room::check(description.ram_bytes, backing.into(), self.config.allowance)?;
         let memory = map_memory(expected, backing, self.config.prefault)?;
         let kind = Kind { backing, ..description.kind };
         Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))

@@ -32,6 +32,8 @@ pub(super) struct DevicesState {
     pub(super) console: ConsoleState,
     commands: Vec<u32>,
     ready: bool,
+    /// When the payload's heart last beat, by the host's wall clock.
+    last_beat_ns: Option<u64>,
 }
 
 impl Devices {
@@ -65,6 +67,7 @@ impl Devices {
             console: lock(&self.console).save(),
             commands: lock(&self.commands).iter().copied().collect(),
             ready: self.watch.is_ready(),
+            last_beat_ns: self.watch.last_beat_ns(),
         }
     }
 
@@ -75,6 +78,7 @@ impl Devices {
         lock(&self.console).load(state.console)?;
         *lock(&self.commands) = state.commands.into();
         self.watch.set_ready(state.ready);
+        self.watch.set_left(state.last_beat_ns);
         Ok(())
     }
 

@@ -15,6 +15,9 @@ pub(crate) enum MachineError {
     /// Memory of a size that no guest can have.
     #[error("{bytes} bytes of guest memory are not possible: use a multiple of 4096, and at least {} MiB", least >> 20)]
     MemorySize { bytes: u64, least: u64 },
+    /// More than the built-in guest program can map.
+    #[error("{} GiB of guest memory are too much for the built-in guest, which takes {} GiB at most", bytes >> 30, most >> 30)]
+    PayloadMemory { bytes: u64, most: u64 },
     /// The engine cannot migrate this layout.
     #[error(transparent)]
     Layout(#[from] LayoutError),
@@ -56,6 +59,9 @@ pub(crate) enum MachineError {
     /// The payload did not answer.
     #[error("the guest has not {what} for {patience:?}; is it running?")]
     Silent { what: &'static str, patience: Duration },
+    /// Whoever waited for the guest does not any more.
+    #[error("the guest is not waited for any longer")]
+    NotAwaited,
     /// Calls in an order that the engine never uses.
     #[error("no guest has been prepared")]
     NotPrepared,

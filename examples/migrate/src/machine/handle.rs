@@ -24,6 +24,9 @@ use crate::workload::ports::Command;
 const PATIENCE: Duration = Duration::from_secs(30);
 const PATIENCE_PER_MIB: Duration = Duration::from_millis(100);
 
+/// How often one who waits is asked whether to go on.
+const LOOK_UP: Duration = Duration::from_millis(100);
+
 /// Shows a guest, and passes it commands. Clones show the same one; they do not keep it alive.
 #[derive(Clone, Debug)]
 pub(crate) struct GuestHandle {
@@ -50,28 +53,38 @@ impl GuestHandle {
         }
     }
 
+    /// Whether the guest is our own program, which answers questions.
+    pub(crate) fn is_payload(&self) -> bool {
+        self.payload
+    }
+
     /// How the guest ended, if it did: a crash or a switch-off, not a migration.
     pub(crate) fn ended(&self) -> Option<String> {
         self.watch.end()
     }
 
-    fn wait_ready(&self) -> Result<(), MachineError> {
+    fn wait_ready(&self, go_on: &dyn Fn() -> bool) -> Result<(), MachineError> {
         let lines = self.lines();
         if !self.payload || self.watch.is_ready() {
             return Ok(());
         }
         let ready = |line: Line<'_>| matches!(line, Line::Ready { .. }).then_some(());
-        self.wait_for(&lines, "filled its memory", self.patience_with_memory(), ready)
+        let wait = Wait { what: "filled its memory", patience: self.patience_with_memory(), go_on };
+        self.wait_for(&lines, &wait, ready)
     }
 
     fn heartbeats(&self) -> Option<u64> {
         self.payload.then(|| self.watch.beats())
     }
 
-    fn reset_stall(&self) {
+    /// Returns when the guest has done it: it obeys in order, so it has when it answers the next question.
+    fn reset_stall(&self) -> Result<(), MachineError> {
         if self.payload {
             self.command(Command::ResetStall);
+            self.watch.forget_gap();
+            self.longest_stall()?;
         }
+        Ok(())
     }
 
     fn longest_stall(&self) -> Result<Option<Duration>, MachineError> {
@@ -82,7 +95,8 @@ impl GuestHandle {
             Line::Stall { longest_us } => Some(Duration::from_micros(longest_us)),
             _ => None,
         };
-        self.ask(Command::ReportStall, "told its longest stall", PATIENCE, stall).map(Some)
+        let by_guest = self.ask(Command::ReportStall, "told its longest stall", PATIENCE, stall)?;
+        Ok(Some(by_guest.max(self.watch.gap_across())))
     }
 
     fn self_check(&self) -> Result<SelfCheck, MachineError> {
@@ -90,7 +104,7 @@ impl GuestHandle {
             return Ok(SelfCheck::Unable);
         }
         let result = |line: Line<'_>| match line {
-            Line::CheckOk { .. } => Some(SelfCheck::Ok),
+            Line::CheckOk { pages, .. } => Some(SelfCheck::Ok { pages }),
             Line::CheckFailed(wrong) => Some(SelfCheck::Wrong(wrong.to_string())),
             _ => None,
         };
@@ -106,19 +120,23 @@ impl GuestHandle {
     ) -> Result<T, MachineError> {
         let lines = self.lines();
         self.command(command);
-        self.wait_for(&lines, what, patience, answer)
+        self.wait_for(&lines, &Wait { what, patience, go_on: &|| true }, answer)
     }
 
     fn wait_for<T>(
         &self,
         lines: &Receiver<String>,
-        what: &'static str,
-        patience: Duration,
+        wait: &Wait<'_>,
         answer: impl Fn(Line<'_>) -> Option<T>,
     ) -> Result<T, MachineError> {
-        let deadline = Instant::now() + patience;
+        let deadline = Instant::now() + wait.patience;
         loop {
-            let text = lines.recv_deadline(deadline).map_err(|error| self.why_no_line(error, what, patience))?;
+            let text = match lines.recv_deadline(deadline.min(Instant::now() + LOOK_UP)) {
+                Ok(text) => text,
+                Err(RecvTimeoutError::Timeout) if !(wait.go_on)() => return Err(MachineError::NotAwaited),
+                Err(RecvTimeoutError::Timeout) if Instant::now() < deadline => continue,
+                Err(error) => return Err(self.why_no_line(error, wait)),
+            };
             let Some(line) = Line::parse(&text) else { continue };
             if let Line::Panic(why) = line {
                 return Err(MachineError::Panicked(why.to_owned()));
@@ -129,9 +147,9 @@ impl GuestHandle {
         }
     }
 
-    fn why_no_line(&self, error: RecvTimeoutError, what: &'static str, patience: Duration) -> MachineError {
+    fn why_no_line(&self, error: RecvTimeoutError, wait: &Wait<'_>) -> MachineError {
         match error {
-            RecvTimeoutError::Timeout => MachineError::Silent { what, patience },
+            RecvTimeoutError::Timeout => MachineError::Silent { what: wait.what, patience: wait.patience },
             RecvTimeoutError::Disconnected => MachineError::Ended(self.ended().unwrap_or_default()),
         }
     }
@@ -141,9 +159,20 @@ impl GuestHandle {
     }
 }
 
+/// What is waited for, and for how long.
+struct Wait<'a> {
+    what: &'static str,
+    patience: Duration,
+    go_on: &'a dyn Fn() -> bool,
+}
+
 impl Guest for LiveGuest {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        Ok(self.handle().wait_ready()?)
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        Ok(self.handle().wait_ready(go_on)?)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.handle().ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {
@@ -151,8 +180,7 @@ impl Guest for LiveGuest {
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {
-        self.handle().reset_stall();
-        Ok(())
+        Ok(self.handle().reset_stall()?)
     }
 
     fn longest_stall(&mut self) -> VmResult<Option<Duration>> {
@@ -165,8 +193,12 @@ impl Guest for LiveGuest {
 }
 
 impl Guest for ArrivingGuest {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        Ok(self.arrived()?.wait_ready()?)
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        Ok(self.arrived()?.wait_ready(go_on)?)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.handle()?.ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {
@@ -174,8 +206,7 @@ impl Guest for ArrivingGuest {
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {
-        self.arrived()?.reset_stall();
-        Ok(())
+        Ok(self.arrived()?.reset_stall()?)
     }
 
     fn longest_stall(&mut self) -> VmResult<Option<Duration>> {

@@ -28,5 +28,6 @@ pub(crate) use description::GuestBacking;
 pub(crate) use destination::{ArrivalConfig, ArrivingGuest};
 pub(crate) use handle::GuestHandle;
 pub(crate) use pc::ConsoleEnds;
-pub(crate) use room::check as check_room;
+pub(crate) use ram::check_size;
+pub(crate) use room::{Allowance, NoRoom, check as check_room};
 pub(crate) use source::{GuestConfig, LiveGuest};

@@ -108,7 +108,7 @@ pub(super) fn map_memory(
     let failed = |source| MachineError::Map { bytes, backing: backing.name(), source };
     let huge = backing == GuestBacking::HugePages2M;
     if huge {
-        room::check(bytes, backing.into(), None)?;
+        room::check(bytes, backing.into(), room::Allowance::default())?;
     }
     let memory = MappedMemory::new(layout, backing.into()).map_err(failed)?;
     if huge || prefault {

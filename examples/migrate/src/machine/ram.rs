@@ -15,6 +15,18 @@ pub(super) const HOLE_END: u64 = 1 << 32;
 /// Least memory of a guest: boot tables, a payload, and room to work in.
 const MIN_RAM: u64 = 4 << 20;
 
+/// Most memory that the payload can map: 512 GiB of addresses, the hole among them.
+const PAYLOAD_MAX: u64 = (512 << 30) - (HOLE_END - HOLE_START);
+
+/// Refuses an amount of memory that no guest can have, or the payload cannot.
+pub(crate) fn check_size(ram_bytes: u64, payload: bool) -> Result<(), MachineError> {
+    layout(ram_bytes)?;
+    if payload && ram_bytes > PAYLOAD_MAX {
+        return Err(MachineError::PayloadMemory { bytes: ram_bytes, most: PAYLOAD_MAX });
+    }
+    Ok(())
+}
+
 /// The layout of a guest with this much memory.
 pub(crate) fn layout(ram_bytes: u64) -> Result<Layout, MachineError> {
     if ram_bytes < MIN_RAM || !ram_bytes.is_multiple_of(4096) {
@@ -70,5 +82,8 @@ mod tests {
         let error = layout(1 << 20).unwrap_err().to_string();
         assert!(error.contains("4 MiB"), "{error}");
         assert!(layout((256 << 20) + 1).is_err());
+        let error = check_size(512 << 30, true).unwrap_err().to_string();
+        assert!(error.contains("511 GiB"), "{error}");
+        assert!(check_size(512 << 30, false).is_ok() && check_size(511 << 30, true).is_ok());
     }
 }

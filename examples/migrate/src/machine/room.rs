@@ -13,22 +13,35 @@ pub(crate) enum NoRoom {
     #[error("the guest has {} MiB of memory, this destination allows {} MiB (--max-memory)", needed >> 20, limit >> 20)]
     Limit { needed: u64, limit: u64 },
     /// The host does not have as much.
-    #[error("the guest has {} MiB of memory, this host has {} MiB available", needed >> 20, available >> 20)]
+    #[error(
+        "{} MiB of memory are needed, this host has {} MiB available (--overcommit lets a guest start all the same)",
+        needed >> 20,
+        available >> 20
+    )]
     Host { needed: u64, available: u64 },
     /// The host's pool of huge pages does not have as much.
-    #[error("the guest needs {needed} huge pages of 2 MiB, this host has {free} free (vm.nr_hugepages)")]
+    #[error("{needed} huge pages of 2 MiB are needed, this host has {free} free (vm.nr_hugepages)")]
     HugePages { needed: u64, free: u64 },
 }
 
-/// Refuses a guest of `needed` bytes that would exceed the operator's limit or this host's memory.
-pub(crate) fn check(needed: u64, backing: Backing, limit: Option<u64>) -> Result<(), NoRoom> {
-    // Without /proc the host cannot be asked; it will refuse by itself.
-    let memory_info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
-    check_against(needed, backing, limit, &memory_info)
+/// What the operator allows.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Allowance {
+    /// Most memory of a guest; `None` for what the host has.
+    pub(crate) limit: Option<u64>,
+    /// More than the host has: for guests that touch little of their memory. Huge pages cannot be overcommitted.
+    pub(crate) overcommit: bool,
 }
 
-fn check_against(needed: u64, backing: Backing, limit: Option<u64>, memory_info: &str) -> Result<(), NoRoom> {
-    if let Some(limit) = limit.filter(|&limit| needed > limit) {
+/// Refuses a guest of `needed` bytes that would exceed what the operator allows or this host's memory.
+pub(crate) fn check(needed: u64, backing: Backing, allowance: Allowance) -> Result<(), NoRoom> {
+    // Without /proc the host cannot be asked; it will refuse by itself.
+    let memory_info = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    check_against(needed, backing, allowance, &memory_info)
+}
+
+fn check_against(needed: u64, backing: Backing, allowance: Allowance, memory_info: &str) -> Result<(), NoRoom> {
+    if let Some(limit) = allowance.limit.filter(|&limit| needed > limit) {
         return Err(NoRoom::Limit { needed, limit });
     }
     if backing == Backing::HugePages2M {
@@ -37,7 +50,7 @@ fn check_against(needed: u64, backing: Backing, limit: Option<u64>, memory_info:
         return if needed > free { Err(NoRoom::HugePages { needed, free }) } else { Ok(()) };
     }
     let available = field(memory_info, "MemAvailable:").map_or(u64::MAX, |kib| kib << 10);
-    if needed > available { Err(NoRoom::Host { needed, available }) } else { Ok(()) }
+    if needed > available && !allowance.overcommit { Err(NoRoom::Host { needed, available }) } else { Ok(()) }
 }
 
 fn field(memory_info: &str, name: &str) -> Option<u64> {
@@ -52,7 +65,7 @@ mod tests {
     const INFO: &str = "MemTotal:  9999 kB\nMemAvailable:    2048 kB\nHugePages_Free:       3\n";
 
     fn check_small(needed: u64, backing: Backing, limit: Option<u64>) -> Result<(), NoRoom> {
-        check_against(needed, backing, limit, INFO)
+        check_against(needed, backing, Allowance { limit, overcommit: false }, INFO)
     }
 
     #[test]
@@ -70,6 +83,16 @@ mod tests {
 
     #[test]
     fn a_host_that_says_nothing_refuses_nothing() {
-        assert_eq!(check_against(u64::MAX, Backing::Memfd, None, ""), Ok(()));
+        assert_eq!(check_against(u64::MAX, Backing::Memfd, Allowance::default(), ""), Ok(()));
+    }
+
+    #[test]
+    fn overcommitment_lifts_only_the_hosts_limit_and_not_for_huge_pages() {
+        let check = |needed, backing, limit| {
+            check_against(needed, backing, Allowance { limit, overcommit: true }, INFO).is_ok()
+        };
+        assert!(check(1 << 40, Backing::Anonymous, None));
+        assert!(!check(1 << 40, Backing::Anonymous, Some(1 << 30)));
+        assert!(!check(1 << 40, Backing::HugePages2M, None));
     }
 }

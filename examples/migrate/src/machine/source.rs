@@ -46,6 +46,7 @@ pub(crate) struct LiveGuest {
 impl LiveGuest {
     /// Makes a guest and loads what it boots; [`resume`](SourceVm::resume) then starts it.
     pub(crate) fn boot(config: GuestConfig) -> Result<Self, MachineError> {
+        ram::check_size(config.ram_bytes, matches!(config.boots, Boots::Payload(_)))?;
         let host = Host::open()?;
         let most = u32::from(MAX_VCPUS);
         let vcpus = u8::try_from(config.vcpus).ok().filter(|&count| (1..=MAX_VCPUS).contains(&count));
@@ -89,6 +90,9 @@ impl SourceVm for LiveGuest {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
+        if let Some(end) = self.handle().ended() {
+            return Err(MachineError::Ended(end).into());
+        }
         Ok(Description::of(&self.pc).write(out)?)
     }
 

@@ -1,6 +1,7 @@
 //! What the host sees of a guest: its lines, its heartbeats and its end.
 
 use std::sync::Mutex;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
@@ -15,8 +16,23 @@ pub(super) struct Watch(Mutex<Seen>);
 struct Seen {
     listeners: Vec<Sender<String>>,
     beats: u64,
+    /// When the heart last beat, in nanoseconds of the host's wall clock: the one clock that two hosts share.
+    last_beat_ns: Option<u64>,
+    /// The last beat at the source, until the first one here.
+    left_ns: Option<u64>,
+    gap_across: Duration,
     ready: bool,
     end: Option<String>,
+}
+
+impl Seen {
+    fn beat_at(&mut self, now_ns: u64) {
+        self.beats += 1;
+        self.last_beat_ns = Some(now_ns);
+        if let Some(left) = self.left_ns.take() {
+            self.gap_across = Duration::from_nanos(now_ns.saturating_sub(left));
+        }
+    }
 }
 
 impl Watch {
@@ -37,7 +53,27 @@ impl Watch {
     }
 
     pub(super) fn beat(&self) {
-        lock(&self.0).beats += 1;
+        lock(&self.0).beat_at(now_ns());
+    }
+
+    /// When the heart last beat; part of the machine state.
+    pub(super) fn last_beat_ns(&self) -> Option<u64> {
+        lock(&self.0).last_beat_ns
+    }
+
+    /// The guest comes from another machine, where its heart beat last at this time.
+    pub(super) fn set_left(&self, last_beat_ns: Option<u64>) {
+        lock(&self.0).left_ns = last_beat_ns;
+    }
+
+    /// The time between the last heartbeat at the source and the first one here, by the hosts' clocks. The
+    /// guest's own clock may not show it: its TSC is saved and goes on from there.
+    pub(super) fn gap_across(&self) -> Duration {
+        lock(&self.0).gap_across
+    }
+
+    pub(super) fn forget_gap(&self) {
+        lock(&self.0).gap_across = Duration::ZERO;
     }
 
     /// The payload's heartbeats on this side.
@@ -66,9 +102,27 @@ impl Watch {
     }
 }
 
+fn now_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_nanos() as u64)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_time_between_two_machines_is_a_gap_whatever_the_guests_clock_says() {
+        let (mut source, destination) = (Seen::default(), Watch::default());
+        source.beat_at(5_000_000);
+        destination.set_left(source.last_beat_ns);
+        assert_eq!(destination.gap_across(), Duration::ZERO);
+        for now in [42_000_000, 99_000_000] {
+            lock(&destination.0).beat_at(now);
+        }
+        assert_eq!(destination.gap_across(), Duration::from_millis(37));
+        destination.forget_gap();
+        assert_eq!(destination.gap_across(), Duration::ZERO);
+    }
 
     #[test]
     fn listeners_hear_lines_until_the_guest_ends() {

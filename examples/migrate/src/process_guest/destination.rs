@@ -10,7 +10,7 @@ use pageferry::vm::{DestinationVm, VmResult};
 use super::ProcessGuestError;
 use super::ram::Ram;
 use super::state::{Description, State};
-use super::vcpus::{Vcpus, wait_until_ready};
+use super::vcpus::Vcpus;
 use crate::guest::{Guest, SelfCheck};
 use crate::workload::params::Params;
 
@@ -71,9 +71,12 @@ impl DestinationVm for ArrivingProcessGuest {
 }
 
 impl Guest for ArrivingProcessGuest {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        wait_until_ready(self.here()?);
-        Ok(())
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        Ok(self.here()?.wait_ready(go_on)?)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.vcpus.as_ref()?.ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {

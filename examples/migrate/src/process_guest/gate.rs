@@ -24,6 +24,8 @@ struct State {
     held: bool,
     ended: bool,
     parked: usize,
+    /// Threads that have left for good.
+    gone: usize,
 }
 
 impl Gate {
@@ -73,7 +75,8 @@ impl Gate {
         state.held = true;
         self.attention.store(true, Ordering::Release);
         self.changed.notify_all();
-        let parked = self.changed.wait_while(state, |state| state.parked < self.threads && !state.ended);
+        let busy = |state: &mut State| state.parked + state.gone < self.threads && !state.ended;
+        let parked = self.changed.wait_while(state, busy);
         drop(parked);
     }
 
@@ -83,6 +86,18 @@ impl Gate {
         state.held = false;
         self.attention.store(state.ended, Ordering::Release);
         self.changed.notify_all();
+    }
+
+    /// Called by a thread that will not come again.
+    pub(super) fn leave(&self) {
+        self.lock().gone += 1;
+        self.changed.notify_all();
+    }
+
+    /// Whether a thread has left although nobody let the threads end.
+    pub(super) fn lost_a_thread(&self) -> bool {
+        let state = self.lock();
+        state.gone > 0 && !state.ended
     }
 
     /// Lets the threads end.
@@ -168,6 +183,16 @@ mod tests {
             gate.hold();
             gate.hold();
         });
+    }
+
+    #[test]
+    fn a_thread_that_is_gone_does_not_hang_a_hold_and_is_noticed() {
+        beside_counters(|gate, _| assert!(!gate.lost_a_thread()));
+        let gate = Gate::held(2);
+        gate.leave();
+        gate.leave();
+        gate.hold();
+        assert!(gate.lost_a_thread());
     }
 
     #[test]

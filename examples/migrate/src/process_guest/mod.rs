@@ -8,6 +8,7 @@ mod destination;
 mod gate;
 mod heart;
 mod pagemap;
+mod populated;
 mod ram;
 mod source;
 mod state;
@@ -52,6 +53,12 @@ pub(crate) enum ProcessGuestError {
         /// What is wrong with them.
         why: String,
     },
+    /// A thread of the guest's is gone: a defect of this program.
+    #[error("a vCPU thread of the guest has panicked")]
+    Dead,
+    /// Whoever waited for the guest does not any more.
+    #[error("the guest is not waited for any longer")]
+    NotAwaited,
     /// No guest is here.
     #[error("no guest has arrived")]
     NotHere,
@@ -74,7 +81,7 @@ mod tests {
 
     fn started(writes: Writes) -> ProcessGuest {
         let mut guest = ProcessGuest::start(MEMORY, Backing::Anonymous, params(writes)).unwrap();
-        guest.wait_ready().unwrap();
+        guest.wait_ready(&|| true).unwrap();
         guest
     }
 
@@ -109,10 +116,10 @@ mod tests {
             let (mut destination, _) = moved(&mut source);
             destination.commit(true).unwrap();
             wait_for_heartbeats(&destination);
-            assert_eq!(destination.self_check().unwrap(), SelfCheck::Ok);
+            assert!(matches!(destination.self_check().unwrap(), SelfCheck::Ok { .. }));
             wait_for_heartbeats(&destination);
             source.resume().unwrap();
-            assert_eq!(source.self_check().unwrap(), SelfCheck::Ok);
+            assert!(matches!(source.self_check().unwrap(), SelfCheck::Ok { .. }));
         }
     }
 
@@ -143,7 +150,7 @@ mod tests {
         let (mut destination, memory) = moved(&mut source);
         memory.write(RegionId(0), 0, &stale).unwrap();
         destination.commit(false).unwrap();
-        assert_eq!(source.self_check().unwrap(), SelfCheck::Ok);
+        assert!(matches!(source.self_check().unwrap(), SelfCheck::Ok { .. }));
         assert!(matches!(destination.self_check().unwrap(), SelfCheck::Wrong(_)));
     }
 

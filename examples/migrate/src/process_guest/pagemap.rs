@@ -50,6 +50,7 @@ const REGISTER_MODE_WP: u64 = 1 << 1;
 const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
 const PM_SCAN_WP_MATCHING: u64 = 1 << 0;
 const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
@@ -163,11 +164,27 @@ impl WriteTracker {
     /// exception: until this ioctl flushes the TLBs another thread may still write through a stale
     /// entry. Such a page is in this very report (its entry was stale because it had been
     /// writable), and it is read only after this returns.
-    pub(crate) fn harvest(&self, bytes: &Range<u64>, mut found: impl FnMut(Range<u64>)) -> Result<(), TrackingError> {
+    pub(crate) fn harvest(&self, bytes: &Range<u64>, found: impl FnMut(Range<u64>)) -> Result<(), TrackingError> {
+        self.scan(bytes, PAGE_IS_WRITTEN, PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC, found)
+    }
+
+    /// Reports the pages of a range that are in memory now. A page that was never touched is not, however it is
+    /// protected; neither is one that was swapped out.
+    pub(crate) fn present(&self, bytes: &Range<u64>, found: impl FnMut(Range<u64>)) -> Result<(), TrackingError> {
+        self.scan(bytes, PAGE_IS_PRESENT, 0, found)
+    }
+
+    fn scan(
+        &self,
+        bytes: &Range<u64>,
+        category: u64,
+        flags: u64,
+        mut found: impl FnMut(Range<u64>),
+    ) -> Result<(), TrackingError> {
         let mut regions = [PageRegion::default(); SCAN_BATCH];
         let mut at = bytes.start;
         while at < bytes.end {
-            let mut scan = scan_argument(at..bytes.end, &mut regions);
+            let mut scan = scan_argument(at..bytes.end, category, flags, &mut regions);
             let count = ioctl(self.pagemap.as_raw_fd(), iowr::<ScanArgument>(b'f', 16), &mut scan);
             let len = bytes.end - at;
             let count = count.map_err(|source| TrackingError::Range { what: "scan", start: at, len, source })?;
@@ -189,10 +206,10 @@ impl WriteTracker {
     }
 }
 
-fn scan_argument(bytes: Range<u64>, regions: &mut [PageRegion; SCAN_BATCH]) -> ScanArgument {
+fn scan_argument(bytes: Range<u64>, category: u64, flags: u64, regions: &mut [PageRegion; SCAN_BATCH]) -> ScanArgument {
     ScanArgument {
         size: size_of::<ScanArgument>() as u64,
-        flags: PM_SCAN_WP_MATCHING | PM_SCAN_CHECK_WPASYNC,
+        flags,
         start: bytes.start,
         end: bytes.end,
         walk_end: bytes.start,
@@ -200,9 +217,9 @@ fn scan_argument(bytes: Range<u64>, regions: &mut [PageRegion; SCAN_BATCH]) -> S
         vec_len: regions.len() as u64,
         max_pages: 0,
         category_inverted: 0,
-        category_mask: PAGE_IS_WRITTEN,
+        category_mask: category,
         category_anyof_mask: 0,
-        return_mask: PAGE_IS_WRITTEN,
+        return_mask: category,
     }
 }
 

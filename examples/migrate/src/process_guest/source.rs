@@ -12,14 +12,13 @@ use super::ProcessGuestError;
 use super::ram::Ram;
 use super::state::{Description, bytes_of};
 use super::tracker::ProcessTracker;
-use super::vcpus::{Vcpus, wait_until_ready};
+use super::vcpus::Vcpus;
 use crate::guest::{Guest, SelfCheck};
 use crate::workload::params::Params;
 
 /// A process guest that runs here and can be migrated away.
 #[derive(Debug)]
 pub(crate) struct ProcessGuest {
-    ram: Ram,
     params: Params,
     vcpus: Vcpus,
     tracker: ProcessTracker,
@@ -33,13 +32,13 @@ impl ProcessGuest {
         let vcpus = Vcpus::boot(ram.clone(), params)?;
         vcpus.release();
         let tracker = ProcessTracker::new(ram.memory());
-        Ok(Self { ram, params, vcpus, tracker, running: true })
+        Ok(Self { params, vcpus, tracker, running: true })
     }
 }
 
 impl SourceVm for ProcessGuest {
     fn memory(&self) -> Arc<dyn GuestMemory> {
-        self.ram.memory()
+        self.tracker.memory()
     }
 
     fn dirty(&mut self) -> &mut dyn DirtySource {
@@ -81,9 +80,12 @@ impl SourceVm for ProcessGuest {
 }
 
 impl Guest for ProcessGuest {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        wait_until_ready(&self.vcpus);
-        Ok(())
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        Ok(self.vcpus.wait_ready(go_on)?)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.vcpus.ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {

@@ -9,11 +9,13 @@ use pageferry::units::PAGE_SIZE;
 use pageferry::vm::VmResult;
 
 use super::pagemap::{TrackingError, WriteTracker};
+use super::populated::{Populated, TrackedMemory};
 
 /// Tracks the writes to memory that is mapped in this process.
 pub(crate) struct ProcessTracker {
     memory: Arc<dyn GuestMemory>,
     active: Option<WriteTracker>,
+    populated: Arc<Populated>,
 }
 
 impl std::fmt::Debug for ProcessTracker {
@@ -25,7 +27,12 @@ impl std::fmt::Debug for ProcessTracker {
 impl ProcessTracker {
     /// A tracker that is not tracking yet.
     pub(crate) fn new(memory: Arc<dyn GuestMemory>) -> Self {
-        Self { memory, active: None }
+        Self { memory, active: None, populated: Arc::default() }
+    }
+
+    /// The same memory, which tells its touched pages while they are tracked.
+    pub(super) fn memory(&self) -> Arc<dyn GuestMemory> {
+        Arc::new(TrackedMemory { memory: Arc::clone(&self.memory), populated: Arc::clone(&self.populated) })
     }
 
     /// Every region that has pages, and the addresses it is mapped at.
@@ -42,8 +49,17 @@ impl ProcessTracker {
 impl DirtySource for ProcessTracker {
     fn start(&mut self, _layout: &Layout) -> VmResult<()> {
         let tracker = WriteTracker::new()?;
+        self.populated.forget();
         // An error on the way drops the tracker, and the kernel forgets what was registered.
-        self.windows().iter().try_for_each(|(_, bytes)| tracker.track(bytes))?;
+        for (region, bytes) in self.windows() {
+            let before = self.memory.populated(region);
+            tracker.track(&bytes)?;
+            if let Some(mut pages) = before {
+                // Pages that were touched between the first look and the protection: too young to be swapped out.
+                tracker.present(&bytes, |found| pages.push(pages_in(&bytes, &found)))?;
+                self.populated.keep(region, pages);
+            }
+        }
         self.active = Some(tracker);
         Ok(())
     }
@@ -57,6 +73,7 @@ impl DirtySource for ProcessTracker {
     }
 
     fn stop(&mut self) -> VmResult<()> {
+        self.populated.forget();
         let Some(tracker) = self.active.take() else {
             return Ok(());
         };
@@ -147,6 +164,49 @@ mod tests {
             assert_eq!(harvest(&mut tracker), BTreeSet::new(), "{backing:?}");
             write(&memory, 2, 5, 3);
             assert_eq!(harvest(&mut tracker), BTreeSet::from([(2, 5)]), "{backing:?}");
+        }
+    }
+
+    fn populated(tracker: &ProcessTracker, region: u32) -> BTreeSet<u64> {
+        tracker.memory().populated(RegionId(region)).unwrap().into_iter().flatten().collect()
+    }
+
+    #[test]
+    fn pages_that_were_never_touched_are_not_populated_however_they_are_tracked() {
+        for backing in [Backing::Anonymous, Backing::Memfd] {
+            let memory = memory(backing);
+            write(&memory, 0, 7, 1);
+            let Some(mut tracker) = started(&memory) else { return };
+            // One write may have brought a huge page.
+            let touched = populated(&tracker, 0);
+            assert!(touched.contains(&7) && touched.len() < PAGES as usize, "{backing:?}");
+            assert_eq!(populated(&tracker, 2), BTreeSet::new(), "{backing:?}");
+            write(&memory, 2, 9, 1);
+            assert_eq!(harvest(&mut tracker), BTreeSet::from([(2, 9)]), "{backing:?}");
+        }
+    }
+
+    #[test]
+    fn no_page_that_is_first_touched_while_tracking_starts_escapes() {
+        for _ in 0..20 {
+            let memory = memory(Backing::Anonymous);
+            let (stop, written) = (AtomicBool::new(false), AtomicU64::new(0));
+            let seen = std::thread::scope(|scope| {
+                scope.spawn(|| write_randomly(&memory, 1, &stop, &written));
+                let tracker = started(&memory);
+                stop.store(true, Ordering::Relaxed);
+                tracker
+            });
+            let Some(mut tracker) = seen else { return };
+            let mut known = populated(&tracker, 0);
+            known.extend(harvest(&mut tracker).into_iter().map(|(_, page)| page));
+            let holds_something = |page: &u64| {
+                let mut now = [0; 8];
+                memory.read(RegionId(0), page * 4096, &mut now).unwrap();
+                now != [0; 8]
+            };
+            let missed: Vec<u64> = (0..PAGES).filter(holds_something).filter(|page| !known.contains(page)).collect();
+            assert_eq!(missed, Vec::<u64>::new());
         }
     }
 

@@ -15,6 +15,9 @@ use crate::workload::page::{Mismatch, PAGE_BYTES};
 use crate::workload::params::Params;
 use crate::workload::sweep::{Pace, Sweep};
 
+/// Steps that no guest reaches: counting on from here cannot overflow.
+const MOST_STEPS: u64 = 1 << 62;
+
 /// A guest's threads. Dropping it ends them.
 #[derive(Debug)]
 pub(super) struct Vcpus {
@@ -49,6 +52,10 @@ impl Vcpus {
             let why = format!("{} counters for {} vCPUs", state.steps.len(), params.vcpus);
             return Err(ProcessGuestError::Invalid { what: "machine state", why });
         }
+        if state.steps.iter().any(|&steps| steps > MOST_STEPS) {
+            let why = "more writes than any guest can have made".to_owned();
+            return Err(ProcessGuestError::Invalid { what: "machine state", why });
+        }
         Self::start(ram, params, state, false)
     }
 
@@ -66,7 +73,10 @@ impl Vcpus {
         for vcpu in 0..params.vcpus {
             let work = Arc::clone(&vcpus.work);
             let builder = std::thread::Builder::new().name(format!("vcpu-{vcpu}"));
-            let thread = builder.spawn(move || work.run(vcpu, fill));
+            let thread = builder.spawn(move || {
+                let _leaving = Leaving(&work.gate);
+                work.run(vcpu, fill);
+            });
             vcpus.threads.push(thread.map_err(|source| ProcessGuestError::Thread { vcpu, source })?);
         }
         Ok(vcpus)
@@ -90,8 +100,27 @@ impl Vcpus {
         &self.work.heart
     }
 
+    /// How the guest ended, if it did.
+    pub(super) fn ended(&self) -> Option<String> {
+        self.work.gate.lost_a_thread().then(|| ProcessGuestError::Dead.to_string())
+    }
+
+    /// Waits until the guest has filled its memory, or `go_on` says no.
+    pub(super) fn wait_ready(&self, go_on: &dyn Fn() -> bool) -> Result<(), ProcessGuestError> {
+        while !self.is_ready() {
+            if self.work.gate.lost_a_thread() {
+                return Err(ProcessGuestError::Dead);
+            }
+            if !go_on() {
+                return Err(ProcessGuestError::NotAwaited);
+            }
+            std::thread::sleep(Duration::from_millis(2));
+        }
+        Ok(())
+    }
+
     /// Whether all memory is filled.
-    pub(super) fn is_ready(&self) -> bool {
+    fn is_ready(&self) -> bool {
         self.work.filled.load(Ordering::Acquire) == u64::from(self.work.params.vcpus)
     }
 
@@ -103,28 +132,48 @@ impl Vcpus {
 
     /// Compares every byte of memory with what it must hold; the threads must be held.
     pub(super) fn check(&self) -> SelfCheck {
+        if let Some(end) = self.ended() {
+            return SelfCheck::Wrong(end);
+        }
+        match self.wrong_pages() {
+            Some(wrong) if wrong.is_empty() => SelfCheck::Ok { pages: self.work.ram.page_count() },
+            Some(wrong) => describe(&wrong),
+            None => SelfCheck::Wrong("the check itself has panicked".to_owned()),
+        }
+    }
+
+    /// Every wrong page in order; `None` when the check did not come to its end.
+    fn wrong_pages(&self) -> Option<Vec<(u64, Mismatch)>> {
         let generations = self.work.generations();
         let pages = self.work.ram.page_count();
         let shares = self.work.params.vcpus.into();
-        let wrong: Vec<(u64, Mismatch)> = std::thread::scope(|scope| {
+        std::thread::scope(|scope| {
             let checkers = (0..shares).map(|share| {
                 let range = pages * share / shares..pages * (share + 1) / shares;
                 let generations = &generations;
                 scope.spawn(move || range.filter_map(|page| self.work.check(page, generations)).collect::<Vec<_>>())
             });
             let checkers: Vec<_> = checkers.collect();
-            checkers.into_iter().flat_map(|checker| checker.join().unwrap_or_default()).collect()
-        });
-        match wrong.first() {
-            None => SelfCheck::Ok,
-            Some((page, mismatch)) => {
-                let Mismatch { offset, expected, found } = mismatch;
-                SelfCheck::Wrong(format!(
-                    "page {page:#x} at offset {offset}: {found:#018x} instead of {expected:#018x}; {} wrong pages in all",
-                    wrong.len()
-                ))
-            }
-        }
+            let results: Vec<_> = checkers.into_iter().map(|checker| checker.join().ok()).collect();
+            results.into_iter().collect::<Option<Vec<_>>>().map(|wrong| wrong.concat())
+        })
+    }
+}
+
+fn describe(wrong: &[(u64, Mismatch)]) -> SelfCheck {
+    let (page, Mismatch { offset, expected, found }) = &wrong[0];
+    let count = wrong.len();
+    SelfCheck::Wrong(format!(
+        "page {page:#x} at offset {offset}: {found:#018x} instead of {expected:#018x}; {count} wrong pages in all"
+    ))
+}
+
+/// Tells the gate when a thread ends, however it does.
+struct Leaving<'a>(&'a Gate);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.leave();
     }
 }
 
@@ -216,12 +265,5 @@ impl Work {
     /// Microseconds since the start.
     fn now(&self) -> u64 {
         self.started.elapsed().as_micros() as u64
-    }
-}
-
-/// Waits until a guest has filled its memory.
-pub(super) fn wait_until_ready(vcpus: &Vcpus) {
-    while !vcpus.is_ready() {
-        std::thread::sleep(Duration::from_millis(2));
     }
 }

@@ -31,6 +31,7 @@ struct Inner {
     eta: Eta,
     /// When a plain progress line was last shown, since the start of the migration.
     last_plain: Option<Duration>,
+    accepted: bool,
 }
 
 #[derive(Debug)]
@@ -48,7 +49,12 @@ impl Screen {
             (false, true) => Style::Bar(bar()),
             (false, false) => Style::Plain,
         };
-        Self(Mutex::new(Inner { style, eta: Eta::default(), last_plain: None }))
+        Self(Mutex::new(Inner { style, eta: Eta::default(), last_plain: None, accepted: false }))
+    }
+
+    /// Whether a migration has come as far as that the destination accepted the guest.
+    pub(crate) fn was_accepted(&self) -> bool {
+        self.lock().accepted
     }
 
     /// Tells the operator something.
@@ -101,6 +107,7 @@ impl Screen {
 impl Observer for Screen {
     fn event(&self, event: &Event) {
         let mut inner = self.lock();
+        inner.accepted |= matches!(event, Event::Accepted { .. });
         let remaining = match event {
             Event::Progress(progress) => inner.eta.update(progress.elapsed, progress.remaining),
             _ => None,

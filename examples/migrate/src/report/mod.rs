@@ -37,6 +37,8 @@ pub(crate) enum Owner {
     Source,
     Destination,
     Undecided,
+    /// No guest was ever offered to this destination.
+    Nobody,
 }
 
 /// Which side reports, or both in one.
@@ -68,8 +70,10 @@ pub(crate) struct FinalReport {
     pub(crate) downtime_ms: Option<f64>,
     /// Where the standstill went.
     pub(crate) downtime_parts_ms: Option<DowntimeParts>,
-    /// The longest time between two of the guest's heartbeats, by the guest's own clock: while the
-    /// migration ran, across the hand-over, and at the destination.
+    /// The longest time between two of the guest's heartbeats: while the migration ran, across the
+    /// hand-over, and at the destination. Measured by the guest's own clock; across the hand-over also by
+    /// the hosts' wall clocks, since the guest's may stand still there. Of the two the longer counts: between
+    /// two hosts it is as right as their clocks agree.
     pub(crate) guest_longest_stall_ms: Option<f64>,
     /// Heartbeats after the migration, on the side that has the guest.
     pub(crate) guest_heartbeats_after: Option<u64>,
@@ -93,6 +97,11 @@ pub(crate) struct FinalReport {
     pub(crate) full_verify_match: Option<bool>,
     /// What the guest said after checking every byte of its memory: `ok`, or the first wrong page.
     pub(crate) guest_self_check: Option<String>,
+    /// How many pages the guest checked for that; the built-in KVM guest leaves out its stacks and the last
+    /// 388 KiB below 1 MiB.
+    pub(crate) guest_pages_checked: Option<u64>,
+    /// How the guest ended after the migration, on the side that has it: a crash, a reset or a switch-off.
+    pub(crate) guest_ended: Option<String>,
     /// CPU time that the migration took from each side's host.
     pub(crate) cpu_seconds: PerSide<f64>,
     /// CPU time that the guest itself used on each side meanwhile; not part of `cpu_seconds`.
@@ -228,6 +237,8 @@ impl FinalReport {
             digest_match: report.digest_match,
             full_verify_match: report.full_verify_match,
             guest_self_check: None,
+            guest_pages_checked: None,
+            guest_ended: None,
             cpu_seconds: PerSide::default(),
             guest_cpu_seconds: PerSide::default(),
             peak_rss_bytes: PerSide::default(),
@@ -237,7 +248,9 @@ impl FinalReport {
     /// The report of a run that came to nothing before a migration began.
     pub(crate) fn not_started(role: Role, error: String) -> Self {
         let error = Error::Misuse(error);
-        Self::new(role, &Err(Failed::SourceStillOwns { error, report: Box::default() }))
+        let mut report = Self::new(role, &Err(Failed::SourceStillOwns { error, report: Box::default() }));
+        report.owner = Owner::Nobody;
+        report
     }
 
     /// The report of a run that the operator ended before a migration began.
@@ -258,9 +271,28 @@ impl FinalReport {
         self.guest_longest_stall_ms = stalls.into_iter().flatten().reduce(f64::max);
         self.guest_heartbeats_after = destination.guest_heartbeats_after;
         self.guest_self_check.clone_from(&destination.guest_self_check);
+        self.guest_pages_checked = destination.guest_pages_checked;
+        self.guest_ended.clone_from(&destination.guest_ended);
+        self.error = self.error.take().or_else(|| destination.error.clone());
         if destination.owner == Owner::Destination && destination.outcome != self.outcome {
             // The destination knows whether it took over; the source could not hear it.
             (self.outcome, self.owner) = (destination.outcome, destination.owner);
+        }
+    }
+
+    /// The destination ended without a report: nobody can tell what became of a guest that was handed over to it.
+    pub(crate) fn lose_destination(&mut self) {
+        if self.owner == Owner::Destination {
+            self.outcome = Outcome::Failed;
+            let lost = "the destination ended without a report: the guest handed over to it is gone or unchecked";
+            self.error.get_or_insert_with(|| lost.to_owned());
+        }
+    }
+
+    /// The built-in guest can always be asked for its self-check: without one it has not arrived well.
+    pub(crate) fn require_self_check(&mut self) {
+        if self.owner == Owner::Destination && self.outcome == Outcome::Completed {
+            self.guest_self_check.get_or_insert_with(|| "no answer".to_owned());
         }
     }
 
@@ -268,7 +300,9 @@ impl FinalReport {
     pub(crate) fn exit_status(&self) -> ExitStatus {
         let wrong = self.guest_self_check.as_deref().is_some_and(|said| said != "ok");
         match (self.outcome, self.owner) {
-            _ if wrong || self.guest_heartbeats_after == Some(0) => ExitStatus::GuestWrong,
+            _ if wrong || self.guest_ended.is_some() || self.guest_heartbeats_after == Some(0) => {
+                ExitStatus::GuestWrong
+            }
             (Outcome::Completed, _) => ExitStatus::Completed,
             (Outcome::Cancelled, _) => ExitStatus::Cancelled,
             (Outcome::Undecided, _) => ExitStatus::Undecided,
@@ -352,6 +386,29 @@ mod tests {
         let mut report = completed();
         (report.guest_self_check, report.guest_heartbeats_after) = (Some("ok".to_owned()), Some(0));
         assert_eq!(report.exit_status(), ExitStatus::GuestWrong);
+    }
+
+    #[test]
+    fn a_guest_that_was_lost_or_not_checked_or_has_ended_is_never_a_success() {
+        let mut report = completed();
+        report.lose_destination();
+        assert_eq!((report.exit_status(), report.error.is_some()), (ExitStatus::FailedAfterwards, true));
+        let mut report = completed();
+        report.require_self_check();
+        assert_eq!(report.exit_status(), ExitStatus::GuestWrong);
+        let mut report = completed();
+        report.guest_ended = Some("it was reset".to_owned());
+        assert_eq!(report.exit_status(), ExitStatus::GuestWrong);
+    }
+
+    #[test]
+    fn a_lost_destination_matters_only_to_a_guest_that_is_there() {
+        let error = Error::TimedOut(Duration::from_secs(1));
+        let mut report = failed(Failed::SourceStillOwns { error, report: Box::default() });
+        let before = report.error.clone();
+        report.lose_destination();
+        report.require_self_check();
+        assert_eq!((report.exit_status(), report.error), (ExitStatus::Failed, before));
     }
 
     #[test]

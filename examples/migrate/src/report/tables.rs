@@ -24,9 +24,12 @@ pub(crate) fn show(report: &FinalReport) -> String {
 }
 
 fn rounds(rounds: &[RoundLine]) -> String {
-    let header =
-        ["round", "pages", "zero", "memory", "wire", "time", "rate", "dirtied since", "dirty rate", "throttle"];
-    let mut rows: Vec<Vec<String>> = rounds.iter().map(cells).collect();
+    let mut header = vec!["round", "pages", "zero", "wire", "time", "rate", "dirty", "dirty rate"];
+    let throttled = rounds.iter().any(|round| round.throttle_percent > 0);
+    if throttled {
+        header.push("slow");
+    }
+    let mut rows: Vec<Vec<String>> = rounds.iter().map(|round| cells(round, throttled)).collect();
     if rows.len() > ROUNDS_SHOWN {
         let left_out = rows.len() - ROUNDS_SHOWN;
         let gap = ROUNDS_SHOWN / 2..ROUNDS_SHOWN / 2 + left_out;
@@ -35,20 +38,26 @@ fn rounds(rounds: &[RoundLine]) -> String {
     align(&header, &rows)
 }
 
-fn cells(round: &RoundLine) -> Vec<String> {
-    let number = if round.stopped { format!("{} (paused)", round.round) } else { round.round.to_string() };
-    vec![
+fn cells(round: &RoundLine, throttled: bool) -> Vec<String> {
+    let number = if round.stopped { "stop".to_owned() } else { round.round.to_string() };
+    let mut cells = vec![
         number,
         round.pages.to_string(),
         round.zero_pages.to_string(),
-        show_bytes(round.bytes),
         show_bytes(round.wire_bytes),
         show_ms(round.duration_ms),
         show_rate(round.wire_bytes_per_second),
-        format!("{} pages", round.dirty_pages),
+        round.dirty_pages.to_string(),
         show_rate(round.dirty_bytes_per_second),
-        if round.throttle_percent == 0 { "-".to_owned() } else { format!("{} %", round.throttle_percent) },
-    ]
+    ];
+    if throttled {
+        cells.push(throttle(round.throttle_percent));
+    }
+    cells
+}
+
+fn throttle(percent: u8) -> String {
+    if percent == 0 { "-".to_owned() } else { format!("{percent} %") }
 }
 
 /// Columns as wide as their widest cell; the first to the left, numbers to the right.
@@ -85,13 +94,18 @@ fn summary(report: &FinalReport) -> Vec<String> {
     if let Some(stall) = report.guest_longest_stall_ms {
         lines.push(format!("stall     {} at most between two heartbeats of the guest", show_ms(stall)));
     }
-    if let Some(beats) = report.guest_heartbeats_after {
-        let alive = if beats == 0 { "has stopped".to_owned() } else { format!("runs: {beats} heartbeats since") };
-        lines.push(format!("guest     {alive}"));
-    }
+    lines.extend(alive(report).map(|alive| format!("guest     {alive}")));
     lines.extend(cost(report));
     lines.push(proof(report));
     lines
+}
+
+fn alive(report: &FinalReport) -> Option<String> {
+    match (&report.guest_ended, report.guest_heartbeats_after) {
+        (Some(end), _) => Some(format!("has ended: {end}")),
+        (None, Some(0)) => Some("has stopped".to_owned()),
+        (None, beats) => Some(format!("runs: {} heartbeats since", beats?)),
+    }
 }
 
 fn head(report: &FinalReport) -> String {
@@ -99,6 +113,7 @@ fn head(report: &FinalReport) -> String {
     let owner = match report.owner {
         Owner::Source => "the guest is at the source",
         Owner::Destination => "the guest is at the destination",
+        Owner::Nobody => "no guest was offered",
         Owner::Undecided => "the guest stands still at the source until it is clear which side owns it",
     };
     let error = report.error.as_deref().unwrap_or("no reason given");
@@ -163,6 +178,24 @@ mod tests {
             (0..rounds).map(|round| RoundReport { round, pages: 1 << round, ..Default::default() }).collect();
         (report.pages_total, report.digest_match) = (262_144, Some(true));
         FinalReport::new(Role::Demo, &Ok(report))
+    }
+
+    #[test]
+    fn the_rounds_of_a_large_guest_fit_a_terminal_of_80_columns() {
+        let large = RoundReport {
+            pages: 1 << 22,
+            zero_pages: 999_999,
+            wire_bytes: 1023 << 20,
+            duration: Duration::from_secs(100),
+            wire_rate: 1023.0 * 1024.0 * 1024.0,
+            dirty_pages: 999_999,
+            dirty_rate: 1023.0 * 1024.0 * 1024.0,
+            throttle: 99,
+            stopped: true,
+            ..Default::default()
+        };
+        let text = rounds(&[RoundLine::from(&large)]);
+        assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
     }
 
     #[test]

@@ -10,10 +10,9 @@ use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
 use pageferry::vm::VmError;
 
 use super::operator::{Operator, Wish};
-use super::send::{Way, migrate};
+use super::send::{Way, became_ready, migrate};
 use super::{afterwards, ended_early, guests, not_started};
 use crate::cli::{DemoOptions, ExitStatus, LingerTime};
-use crate::guest::Guest;
 use crate::progress::{JsonEvent, Screen};
 use crate::report::{FinalReport, Owner, Role};
 
@@ -42,9 +41,8 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     let operator = Operator::listen(false)?;
     let destination = Destination::start(options)?;
     let address = destination.address()?;
-    let mut guest = guests::start(&options.guest, screen, false)?;
-    guest.wait_ready()?;
-    if operator.wait(options.after) == Wish::Stop {
+    let mut guest = guests::start(&options.guest, screen, false, 2)?;
+    if !became_ready(&mut guest, &operator)? || operator.wait(options.after) == Wish::Stop {
         return Ok(ended_early(screen, Role::Demo));
     }
     screen.note(&format!("migrating to {address}, another process of this machine"));
@@ -54,11 +52,17 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, linger, &mut report);
     }
-    let patience = if report.owner == Owner::Destination { options.linger + CHECK } else { WIND_UP };
-    match destination.report(patience, &operator, screen) {
-        Some(other) => report.merge_destination(&other),
-        None => screen.note("the destination ended without a report"),
+    if report.owner != Owner::Source || screen.was_accepted() {
+        let patience = if report.owner == Owner::Destination { options.linger + CHECK } else { WIND_UP };
+        match destination.report(patience, &operator, screen) {
+            Some(other) => report.merge_destination(&other),
+            None => report.lose_destination(),
+        }
     }
+    if options.guest.kernel.is_none() {
+        report.require_self_check();
+    }
+    drop(destination);
     screen.report(&report);
     Ok(report.exit_status())
 }
@@ -78,11 +82,15 @@ enum Line {
 impl Destination {
     fn start(options: &DemoOptions) -> io::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["receive", "--listen", "127.0.0.1:0", "--json", "--with-parent"]);
+        command.args(["receive", "--listen", "127.0.0.1:0", "--json"]);
+        command.args(["--with-parent", &std::process::id().to_string()]);
         command.args(["--linger", &milliseconds(options.linger), "--wait", "1h"]);
         command.args(["--peer-timeout", &milliseconds(options.limits.peer_timeout)]);
         command.args(["--settle-window", &milliseconds(options.limits.settle_window)]);
         command.args(["--backing", options.guest.backing.name()]);
+        if options.guest.overcommit {
+            command.arg("--overcommit");
+        }
         if options.prefault {
             command.arg("--prefault");
         }

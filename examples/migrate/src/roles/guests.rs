@@ -15,16 +15,16 @@ use pageferry::memory::{GuestMemory, Layout};
 use pageferry::vm::{DestinationVm, SourceVm, Step, VmError, VmResult};
 use pageferry_kvm::DirtyLogMode;
 
-use crate::cli::units::show_bytes;
+use super::console;
+use crate::cli::units::{show_bytes, show_count};
 use crate::cli::{Backing, GuestKind, GuestOptions};
 use crate::guest::{DestinationGuest, Guest, SelfCheck, SourceGuest};
 use crate::machine::{
-    ArrivalConfig, ArrivingGuest, BootImage, Boots, ConsoleEnds, GuestBacking, GuestConfig, GuestHandle, LiveGuest,
-    check_room,
+    Allowance, ArrivalConfig, ArrivingGuest, BootImage, Boots, ConsoleEnds, GuestBacking, GuestConfig, LiveGuest,
+    NoRoom, check_room, check_size,
 };
 use crate::process_guest::{ArrivingProcessGuest, ProcessGuest};
 use crate::progress::Screen;
-use crate::workload::line::Line;
 
 /// Why a guest could not be started or taken in.
 #[derive(Debug, thiserror::Error)]
@@ -40,9 +40,16 @@ pub(crate) enum GuestError {
         "the source sends a guest of a kind that this program does not know ({0:?}): use the same `migrate` on both sides"
     )]
     UnknownKind(Option<u8>),
+    /// More memory than the host has.
+    #[error("--memory {}{}: {refusal}", show_bytes(*memory), twice(*copies))]
+    NoRoom { memory: u64, copies: u64, refusal: NoRoom },
     /// Nothing has arrived.
     #[error("no guest has arrived")]
     NotHere,
+}
+
+fn twice(copies: u64) -> &'static str {
+    if copies == 2 { ", twice because a demo holds both copies" } else { "" }
 }
 
 const NO_KVM: &str = "this host has no /dev/kvm";
@@ -86,8 +93,15 @@ pub(crate) struct AnySource {
     guest: Box<dyn SourceGuest>,
 }
 
-/// Starts the guest that the command line asks for. `typing` connects a Linux's console to standard input.
-pub(crate) fn start(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) -> Result<AnySource, VmError> {
+/// Starts the guest that the command line asks for. `typing` connects a Linux's console to standard input. This host
+/// is to hold so many copies of its memory.
+pub(crate) fn start(
+    options: &GuestOptions,
+    screen: &Arc<Screen>,
+    typing: bool,
+    copies: u64,
+) -> Result<AnySource, VmError> {
+    check_host(options, copies)?;
     let has_kvm = Path::new("/dev/kvm").exists();
     match options.guest {
         GuestKind::Auto if !has_kvm && options.kernel.is_none() => {
@@ -99,18 +113,29 @@ pub(crate) fn start(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) 
     }
 }
 
+fn check_host(options: &GuestOptions, copies: u64) -> Result<(), GuestError> {
+    let (memory, allowance) = (options.memory, Allowance { limit: None, overcommit: options.overcommit });
+    check_room(memory.saturating_mul(copies), options.backing.into(), allowance).map_err(|refusal| GuestError::NoRoom {
+        memory,
+        copies,
+        refusal,
+    })
+}
+
 fn start_kvm(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) -> Result<AnySource, VmError> {
     let input =
         if typing && options.kernel.is_some() { Some(io::stdin().as_fd().try_clone_to_owned()?.into()) } else { None };
+    check_size(options.memory, options.kernel.is_none())?;
+    let (output, printed) = console::channel();
     let mut guest = LiveGuest::boot(GuestConfig {
         ram_bytes: options.memory,
         vcpus: options.vcpus,
         backing: options.backing.into(),
         boots: boots(options, screen)?,
-        console: ConsoleEnds { input, output: None },
+        console: ConsoleEnds { input, output: Some(output) },
         dirty_log: DirtyLogMode::default(),
     })?;
-    show_console(&guest.handle(), screen)?;
+    console::show(&guest.handle(), printed, screen)?;
     guest.resume()?;
     Ok(AnySource { kind: Kind::Kvm, guest: Box::new(guest) })
 }
@@ -121,8 +146,8 @@ fn boots(options: &GuestOptions, screen: &Screen) -> Result<Boots, VmError> {
         screen.note(&format!("KVM guest: {}", options.describe(&params)));
         return Ok(Boots::Payload(params));
     };
-    let (memory, vcpus) = (show_bytes(options.memory), options.vcpus);
-    screen.note(&format!("KVM guest: {memory}, {vcpus} vCPUs, booting {}", kernel.display()));
+    let (memory, vcpus) = (show_bytes(options.memory), show_count(options.vcpus, "vCPU"));
+    screen.note(&format!("KVM guest: {memory}, {vcpus}, booting {}", kernel.display()));
     Ok(Boots::Image(BootImage {
         kernel: Cow::Owned(read(kernel)?),
         initrd: options.initrd.as_deref().map(read).transpose()?,
@@ -139,21 +164,9 @@ fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, V
         return Err(GuestError::KernelNeedsKvm.into());
     }
     let params = options.params();
-    screen.note(&format!("process guest: {}", options.describe(&params)));
     let guest = ProcessGuest::start(options.memory, options.backing.into(), params)?;
+    screen.note(&format!("process guest: {}", options.describe(&params)));
     Ok(AnySource { kind: Kind::Process, guest: Box::new(guest) })
-}
-
-/// Shows what a guest prints for as long as there is one, but not what our own program says to us.
-fn show_console(handle: &GuestHandle, screen: &Arc<Screen>) -> io::Result<()> {
-    let (lines, screen) = (handle.lines(), Arc::clone(screen));
-    let show = move || {
-        for line in lines.iter().filter(|line| Line::parse(line).is_none()) {
-            screen.console(&line);
-        }
-    };
-    std::thread::Builder::new().name("console".to_owned()).spawn(show)?;
-    Ok(())
 }
 
 impl SourceVm for AnySource {
@@ -200,8 +213,12 @@ impl SourceVm for AnySource {
 }
 
 impl Guest for AnySource {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        self.guest.wait_ready()
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        self.guest.wait_ready(go_on)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.guest.ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {
@@ -226,8 +243,8 @@ impl Guest for AnySource {
 pub(crate) struct Place {
     /// What its memory is made of.
     pub(crate) backing: Backing,
-    /// Most memory; `None` for what the host has.
-    pub(crate) max_memory: Option<u64>,
+    /// How much memory.
+    pub(crate) allowance: Allowance,
     /// Touch all memory before the first page comes.
     pub(crate) prefault: bool,
 }
@@ -237,17 +254,23 @@ pub(crate) struct AnyDestination {
     place: Place,
     screen: Arc<Screen>,
     guest: Option<Box<dyn DestinationGuest>>,
+    offered: bool,
 }
 
 impl AnyDestination {
     /// An empty place.
     pub(crate) fn new(place: Place, screen: Arc<Screen>) -> Self {
-        Self { place, screen, guest: None }
+        Self { place, screen, guest: None, offered: false }
+    }
+
+    /// Whether a source has ever described a guest, taken in or refused.
+    pub(crate) fn was_offered(&self) -> bool {
+        self.offered
     }
 
     fn prepare_process(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
         let needed = layout.regions().iter().map(|region| region.len).sum();
-        check_room(needed, self.place.backing.into(), self.place.max_memory)?;
+        check_room(needed, self.place.backing.into(), self.place.allowance)?;
         let mut guest = ArrivingProcessGuest::new(self.place.backing.into(), self.place.prefault);
         let memory = guest.prepare(config, layout)?;
         self.guest = Some(Box::new(guest));
@@ -255,12 +278,14 @@ impl AnyDestination {
     }
 
     fn prepare_kvm(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
-        let Place { backing, max_memory, prefault } = self.place;
+        let Place { backing, allowance, prefault } = self.place;
         let backing = Some(backing.into());
-        let mut guest = ArrivingGuest::new(ArrivalConfig { max_memory, backing, prefault, ..ArrivalConfig::default() });
+        let (output, printed) = console::channel();
+        let console = ConsoleEnds { output: Some(output), input: None };
+        let mut guest = ArrivingGuest::new(ArrivalConfig { allowance, backing, prefault, console });
         let memory = guest.prepare(config, layout)?;
         if let Some(handle) = guest.handle() {
-            show_console(&handle, &self.screen)?;
+            console::show(&handle, printed, &self.screen)?;
         }
         self.guest = Some(Box::new(guest));
         Ok(memory)
@@ -276,6 +301,7 @@ impl AnyDestination {
 
 impl DestinationVm for AnyDestination {
     fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+        self.offered = true;
         let Some((&kind, config)) = config.split_first() else {
             return Err(GuestError::UnknownKind(None).into());
         };
@@ -302,8 +328,12 @@ impl DestinationVm for AnyDestination {
 }
 
 impl Guest for AnyDestination {
-    fn wait_ready(&mut self) -> VmResult<()> {
-        self.here()?.wait_ready()
+    fn wait_ready(&mut self, go_on: &dyn Fn() -> bool) -> VmResult<()> {
+        self.here()?.wait_ready(go_on)
+    }
+
+    fn ended(&self) -> Option<String> {
+        self.guest.as_ref()?.ended()
     }
 
     fn heartbeats(&self) -> Option<u64> {

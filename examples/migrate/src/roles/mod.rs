@@ -1,6 +1,7 @@
 //! The three things the program does, and what they share.
 
 mod afterwards;
+mod console;
 mod demo;
 mod guests;
 mod operator;

@@ -11,6 +11,7 @@ use super::operator::Operator;
 use super::settle::settle;
 use super::{afterwards, not_started, parent};
 use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
+use crate::machine::Allowance;
 use crate::progress::Screen;
 use crate::report::{CpuClock, FinalReport, Owner, Role, peak_rss};
 
@@ -24,8 +25,8 @@ pub(super) fn receive(options: &ReceiveOptions) -> ExitStatus {
 }
 
 fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitStatus, pageferry::vm::VmError> {
-    if options.with_parent {
-        parent::end_with_parent()?;
+    if let Some(parent) = options.with_parent {
+        parent::end_with(parent)?;
     }
     let operator = Operator::listen(false)?;
     let acceptor = Arc::new(TcpAcceptor::bind(&options.listen, tcp_options(options))?);
@@ -38,13 +39,17 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
     screen.report(&report);
     if report.owner == Owner::Destination && options.linger.linger == LingerTime::Forever {
         screen.note("the guest runs here; Ctrl-C ends it");
-        operator.wait_for_end();
+        if let Some(end) = afterwards::run_on(&guest, &operator) {
+            screen.note(&format!("the guest has ended: {end}"));
+            return Ok(ExitStatus::GuestWrong);
+        }
     }
     Ok(report.exit_status())
 }
 
 fn place(options: &ReceiveOptions) -> Place {
-    Place { backing: options.backing, max_memory: options.max_memory, prefault: options.prefault }
+    let allowance = Allowance { limit: options.max_memory, overcommit: options.overcommit };
+    Place { backing: options.backing, allowance, prefault: options.prefault }
 }
 
 fn tcp_options(options: &ReceiveOptions) -> TcpOptions {
@@ -73,6 +78,9 @@ fn take_in(
     let ask = |session| destination.settle(guest, Arc::clone(acceptor) as _, operator.control(), session);
     let result = settle(result, options.linger.linger, operator, screen, ask);
     let mut report = FinalReport::new(Role::Receive, &result);
+    if report.owner == Owner::Source && !guest.was_offered() {
+        report.owner = Owner::Nobody;
+    }
     report.cpu_seconds.destination = Some(engine_cpu);
     report.guest_cpu_seconds.destination = Some(guest_cpu);
     report.peak_rss_bytes.destination = Some(peak_rss());

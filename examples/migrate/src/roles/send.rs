@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use pageferry::Source;
 use pageferry::transport::Dialer;
+use pageferry::vm::VmError;
 use pageferry_tcp::{TcpDialer, TcpOptions};
 
 use super::guests::{self, AnySource};
@@ -24,10 +25,12 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
     }
 }
 
-fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, pageferry::vm::VmError> {
+fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     let operator = Operator::listen(options.moment.on_key)?;
-    let mut guest = guests::start(&options.guest, screen, !options.moment.on_key)?;
-    guest.wait_ready()?;
+    let mut guest = guests::start(&options.guest, screen, !options.moment.on_key, 1)?;
+    if !became_ready(&mut guest, &operator)? {
+        return Ok(ended_early(screen, Role::Send));
+    }
     announce(options, screen);
     if operator.wait_for_moment(options.moment) == Wish::Stop {
         return Ok(ended_early(screen, Role::Send));
@@ -40,9 +43,20 @@ fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, p
     screen.report(&report);
     if report.owner != Owner::Destination && options.linger.linger == LingerTime::Forever {
         screen.note("the guest is still here; Ctrl-C ends it");
-        operator.wait_for_end();
+        if let Some(end) = afterwards::run_on(&guest, &operator) {
+            screen.note(&format!("the guest has ended: {end}"));
+        }
     }
     Ok(report.exit_status())
+}
+
+/// Waits until the guest is ready to be migrated; `false` when the program is to end before.
+pub(super) fn became_ready(guest: &mut dyn Guest, operator: &Operator) -> Result<bool, VmError> {
+    let waited = guest.wait_ready(&|| operator.wish() == Wish::GoOn);
+    if operator.wish() == Wish::Stop {
+        return Ok(false);
+    }
+    waited.map(|()| true)
 }
 
 fn announce(options: &SendOptions, screen: &Screen) {

@@ -81,8 +81,17 @@ impl Running {
     }
 
     pub(crate) fn signal(&self, signal: &str) {
-        let sent = Command::new("kill").args([signal, &self.child.id().to_string()]).status().unwrap();
-        assert!(sent.success());
+        send_signal(signal, self.child.id());
+    }
+
+    /// Ends the processes that it has started, without a chance to say anything.
+    pub(crate) fn kill_children(&self) {
+        let children: Vec<u32> =
+            processes().filter(|&(_, parent)| parent == self.child.id()).map(|(id, _)| id).collect();
+        assert!(!children.is_empty(), "it has started no process");
+        for child in children {
+            send_signal("-KILL", child);
+        }
     }
 
     /// Waits for the end.
@@ -103,6 +112,21 @@ impl Drop for Running {
         let _ = self.child.kill();
         let _ = self.child.wait();
     }
+}
+
+fn send_signal(signal: &str, process: u32) {
+    assert!(Command::new("kill").args([signal, &process.to_string()]).status().unwrap().success());
+}
+
+/// Every process of this machine with its parent.
+fn processes() -> impl Iterator<Item = (u32, u32)> {
+    std::fs::read_dir("/proc").unwrap().flatten().filter_map(|entry| {
+        let id = entry.file_name().to_str()?.parse().ok()?;
+        let stat = std::fs::read_to_string(entry.path().join("stat")).ok()?;
+        // The name before the last parenthesis may hold anything; the state and the parent follow it.
+        let parent = stat.rsplit_once(')')?.1.split_whitespace().nth(1)?.parse().ok()?;
+        Some((id, parent))
+    })
 }
 
 /// The built program.
