@@ -119,6 +119,11 @@ pub enum Error {
         "not finished after {0:?}: the guest dirties memory faster than the link carries it; raise the timeout or the downtime limit, allow throttling, or switch over at the timeout"
     )]
     TimedOut(Duration),
+    /// So many rounds have not made the guest's memory small enough.
+    #[error(
+        "not finished after {0} rounds: the guest dirties memory faster than the link carries it; raise the downtime limit, allow throttling, or switch over at the timeout"
+    )]
+    TooManyRounds(u32),
     /// No source came.
     #[error("no source connected within {0:?}")]
     NoSource(Duration),

@@ -158,12 +158,16 @@ impl Receiver {
         if room.closed {
             return Ok(Step::Stop);
         }
-        if self.enter(room, round)? == Entry::Wait && !room.overtakes {
-            return Ok(Step::Wait);
-        }
         let placer = self
             .placer
             .get_or_insert_with(|| Placer::new(room.memory.clone(), room.hasher.clone(), Arc::clone(&room.table)));
+        if room.barrier.enter(self.index, round) != Ok(Entry::Now) {
+            placer.check(&self.frame).map_err(|source| invalid(self.role, source))?;
+        }
+        let entry = room.barrier.enter(self.index, round).map_err(|error| misbehaved(error.to_string()))?;
+        if entry == Entry::Wait && !room.overtakes {
+            return Ok(Step::Wait);
+        }
         let tally = placer.place(&self.frame).map_err(|error| match error {
             PlaceError::Memory(error) => error.into(),
             PlaceError::Wire(source) => invalid(self.role, source),

@@ -59,6 +59,11 @@ impl Gate {
         }
     }
 
+    /// Whether a frame of `round` may be handled on `lane` without waiting.
+    fn is_open(&self, lane: u16, round: u32) -> bool {
+        self.lock().barrier.enter(lane, round) == Ok(Entry::Now)
+    }
+
     /// Waits until frames of `round` may be handled on `lane`; `None` when no page is wanted any more.
     fn enter(&self, lane: u16, round: u32) -> Result<Option<Inside<'_>>, String> {
         let mut state = self.lock();
@@ -115,6 +120,16 @@ pub(super) struct ReceiveDuty {
     pub(super) events: Sender<DestinationEvent>,
 }
 
+impl ReceiveDuty {
+    fn enter<'a>(&self, room: &'a Room, round: u32) -> Result<Option<Inside<'a>>, Error> {
+        room.gate.enter(self.index, round).map_err(|what| self.misbehaved(what))
+    }
+
+    fn misbehaved(&self, what: String) -> Error {
+        Error::PeerMisbehaved { peer: self.lane.name.peer.clone(), what }
+    }
+}
+
 /// Receives until the lane ends.
 pub(super) fn run(duty: ReceiveDuty) {
     let (events, generation, is_control) = (duty.events.clone(), duty.generation, duty.is_control);
@@ -157,10 +172,14 @@ impl Receiver {
 
     fn place(&mut self, frame: &FrameBuffer, round: u32) -> Result<bool, Error> {
         let room = self.room()?;
-        let Some(_inside) = self.enter(&room, round)? else { return self.not_wanted() };
         let placer = self
             .placer
             .get_or_insert_with(|| Placer::new(Arc::clone(&room.memory), room.hasher.clone(), Arc::clone(&room.table)));
+        if !room.gate.is_open(self.duty.index, round) {
+            // A damaged round number must not be taken for the peer's fault, nor waited for.
+            placer.check(frame).map_err(|source| self.duty.lane.name.invalid(source))?;
+        }
+        let Some(_inside) = self.duty.enter(&room, round)? else { return self.not_wanted() };
         let tally = placer.place(frame).map_err(|error| match error {
             PlaceError::Wire(source) => self.duty.lane.name.invalid(source),
             PlaceError::Memory(error) => error.into(),
@@ -179,17 +198,17 @@ impl Receiver {
             message if self.duty.is_control => Ok(self.tell(LaneEvent::Message(message))),
             _ => {
                 let kind = frame.header().map_err(|source| self.duty.lane.name.invalid(source))?.kind;
-                Err(self.misbehaved(format!("it sent {kind:?} on a data lane")))
+                Err(self.duty.misbehaved(format!("it sent {kind:?} on a data lane")))
             }
         }
     }
 
     fn end_round(&mut self, round: u32) -> Result<bool, Error> {
         if round > MAX_ROUNDS {
-            return Err(self.misbehaved(format!("it began round {round}")));
+            return Err(self.duty.misbehaved(format!("it began round {round}")));
         }
         let room = self.room()?;
-        let Some(inside) = self.enter(&room, round)? else { return self.not_wanted() };
+        let Some(inside) = self.duty.enter(&room, round)? else { return self.not_wanted() };
         let tally = std::mem::take(&mut self.tally);
         let complete = room.gate.end(self.duty.index, &tally);
         // Before the driver is told: it may be waiting for this lane to be out.
@@ -200,7 +219,7 @@ impl Receiver {
     /// Pages after the end: a data lane is done, the control lane must go on.
     fn not_wanted(&self) -> Result<bool, Error> {
         if self.duty.is_control {
-            return Err(self.misbehaved("it sent pages after it had finished".to_owned()));
+            return Err(self.duty.misbehaved("it sent pages after it had finished".to_owned()));
         }
         Ok(false)
     }
@@ -210,18 +229,10 @@ impl Receiver {
         self.duty.events.send(DestinationEvent::Lane(self.duty.generation, event)).is_ok()
     }
 
-    fn enter<'a>(&self, room: &'a Room, round: u32) -> Result<Option<Inside<'a>>, Error> {
-        room.gate.enter(self.duty.index, round).map_err(|what| self.misbehaved(what))
-    }
-
     fn room(&self) -> Result<Room, Error> {
         match self.duty.room.get() {
             Some(room) if room.single_lane || !self.duty.is_control => Ok(room.clone()),
-            _ => Err(self.misbehaved("it sent pages on the control lane, or before it was asked to".to_owned())),
+            _ => Err(self.duty.misbehaved("it sent pages on the control lane, or before it was asked to".to_owned())),
         }
-    }
-
-    fn misbehaved(&self, what: String) -> Error {
-        Error::PeerMisbehaved { peer: self.duty.lane.name.peer.clone(), what }
     }
 }

@@ -4,10 +4,11 @@ use std::time::Duration;
 
 use super::super::measure::Standstill;
 use super::{SourceAction, SourceInput, SourceSession, State, check_digest, open_round};
-use crate::config::Verify;
+use crate::config::{OnTimeout, Verify};
 use crate::converge::{Decision, Situation};
 use crate::dirty::Point;
 use crate::encode::Tally;
+use crate::error::Error;
 use crate::limits::{MAX_ROUNDS, SETTLE_RETRY};
 use crate::stats::Event;
 use crate::vm::Step;
@@ -124,9 +125,9 @@ impl SourceSession {
         self.record(round.clone());
         if self.round.number + 3 >= MAX_ROUNDS && !self.switch_forced {
             // As good as a timeout: the report of such a migration must not grow for ever.
-            self.time_out(now);
-            if self.state == State::Ended {
-                return;
+            match self.setup.config.on_timeout {
+                OnTimeout::SwitchOver => self.switch_forced = true,
+                OnTimeout::Cancel => return self.fail(now, Error::TooManyRounds(self.round.number + 1)),
             }
         }
         let decision = if self.switch_forced || !self.setup.run {
