@@ -9,7 +9,9 @@ use std::sync::{
 
 use pageferry::dirty::{DirtySource, WriteLog};
 use pageferry::memory::{Backing, GuestMemory, Layout, MappedMemory, Region, RegionId};
-use pageferry::{Control, Destination, DestinationVm, Source, SourceVm, transport, vm::VmResult};
+use pageferry::{
+    Control, Destination, DestinationConfig, DestinationVm, Source, SourceConfig, SourceVm, transport, vm::VmResult,
+};
 
 /// A guest is memory, a log of what was written to it, and something that can be stopped: here a
 /// writer that holds `running` whenever it writes.
@@ -95,16 +97,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (dialer, acceptor) = transport::in_memory();
     let destination = std::thread::spawn(move || {
         let mut room = Room::default();
-        Destination::new(Default::default()).run(&mut room, Arc::new(acceptor), &Control::new()).map(|_| room)
+        Destination::new(DestinationConfig::default()).run(&mut room, Arc::new(acceptor), &Control::new()).map(|_| room)
     });
-    let report = Source::new(Default::default()).run(&mut guest, Arc::new(dialer), &Control::new())?;
+    let report = Source::new(SourceConfig::default()).run(&mut guest, Arc::new(dialer), &Control::new())?;
     let room = destination.join().expect("no panic")?;
 
     let (mut here, mut there) = (vec![0; 64 << 20], vec![0; 64 << 20]);
     guest.memory.read(RegionId(0), 0, &mut here)?;
     room.memory.expect("the guest arrived").read(RegionId(0), 0, &mut there)?;
     assert!(room.runs && here == there && room.writes == guest.writes.load(Ordering::SeqCst));
-    println!("{:?}", report.downtime);
     println!(
         "{} pages identical after {} writes in {} rounds, downtime {:?}",
         report.pages_total,
