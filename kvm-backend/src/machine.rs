@@ -259,7 +259,9 @@ mod tests {
     fn registers_that_somebody_holds_are_an_error_and_no_deadlock() {
         let host = match Host::open() {
             Ok(host) => host,
-            Err(error) => return println!("skipped: {error}"),
+            Err(error) => {
+                return drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {error}\n")));
+            }
         };
         let machine = Machine::new(&host, MachineConfig::new(&host, 1), memory()).unwrap();
         let held = machine.vcpu(0).unwrap();
@@ -272,7 +274,9 @@ mod tests {
     fn an_impossible_number_of_vcpus_is_refused_and_no_panic() {
         let host = match Host::open() {
             Ok(host) => host,
-            Err(error) => return println!("skipped: {error}"),
+            Err(error) => {
+                return drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {error}\n")));
+            }
         };
         let refusal = Machine::new(&host, MachineConfig::new(&host, u32::MAX), memory()).unwrap_err();
         assert!(refusal.to_string().contains("vCPUs are not possible"), "{refusal}");
@@ -282,7 +286,9 @@ mod tests {
     fn an_msr_that_this_host_does_not_have_is_named_before_any_page_comes() {
         let host = match Host::open() {
             Ok(host) => host,
-            Err(error) => return println!("skipped: {error}"),
+            Err(error) => {
+                return drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {error}\n")));
+            }
         };
         let source = Machine::new(&host, MachineConfig::new(&host, 1), memory()).unwrap();
         let mut config = MachineConfig::from_bytes(&source.config().to_bytes()).unwrap();
@@ -297,7 +303,9 @@ mod tests {
     fn bits_that_the_sources_kvm_added_count_as_well() {
         let host = match Host::open() {
             Ok(host) => host,
-            Err(error) => return println!("skipped: {error}"),
+            Err(error) => {
+                return drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {error}\n")));
+            }
         };
         let memory = memory();
         let source = Machine::new(&host, MachineConfig::new(&host, 1), memory.clone()).unwrap();

@@ -61,7 +61,7 @@ pub(crate) fn host() -> Option<Host> {
     match Host::open() {
         Ok(host) => Some(host),
         Err(error @ (KvmError::NoDevice { .. } | KvmError::NoPermission { .. })) => {
-            println!("skipped: {error}");
+            drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {error}\n")));
             None
         }
         Err(error) => panic!("{error}"),

@@ -222,7 +222,7 @@ fn a_cpu_feature_that_the_host_lacks_is_refused_by_its_name() {
 fn a_tsc_that_the_host_cannot_give_is_refused_before_it_is_tried() {
     let Some(host) = host() else { return };
     if host.features().tsc_scaling {
-        println!("skipped: this host can scale the TSC");
+        drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: this host can scale the TSC\n")));
         return;
     }
     let (machine, memory) = bare(&host, 1);

@@ -12,7 +12,10 @@ use pageferry_tcp::{TcpAcceptor, TcpDialer, TcpOptions};
 fn ipv6_works() -> bool {
     let works = TcpListener::bind("[::1]:0").is_ok();
     if !works {
-        println!("skipped: this host has no IPv6 loopback");
+        drop(std::io::Write::write_fmt(
+            &mut std::io::stderr(),
+            format_args!("skipped: this host has no IPv6 loopback\n"),
+        ));
     }
     works
 }
@@ -131,7 +134,10 @@ fn both_ends_can_be_bound_to_an_interface() {
     let acceptor = match TcpAcceptor::bind("127.0.0.1:0", on_interface("lo")) {
         Ok(acceptor) => acceptor,
         Err(TransportError::Option { source, .. }) if source.kind() == std::io::ErrorKind::PermissionDenied => {
-            println!("skipped: this user may not bind to an interface");
+            drop(std::io::Write::write_fmt(
+                &mut std::io::stderr(),
+                format_args!("skipped: this user may not bind to an interface\n"),
+            ));
             return;
         }
         Err(error) => panic!("{error}"),

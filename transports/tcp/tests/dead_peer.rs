@@ -29,7 +29,7 @@ fn loopback(state: &str) -> Result<(), String> {
 fn on_a_lost_link(test: fn(pageferry::transport::LaneHalves) -> std::io::Error) {
     common::in_time(move || {
         if let Err(reason) = own_network() {
-            println!("skipped: {reason}");
+            drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {reason}\n")));
             return;
         }
         let mut options = TcpOptions::default();

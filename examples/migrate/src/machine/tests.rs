@@ -124,7 +124,7 @@ fn a_running_linux_guest_goes_on_in_another_machine() {
 fn have_kvm() -> bool {
     let host = Host::open();
     if let Err(error) = &host {
-        println!("skipped: {error}");
+        drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {error}\n")));
     }
     host.is_ok()
 }

@@ -129,7 +129,7 @@ mod tests {
         match tracker.start(memory.layout()) {
             Ok(()) => Some(tracker),
             Err(error) => {
-                println!("skipped: {error}");
+                drop(std::io::Write::write_fmt(&mut std::io::stderr(), format_args!("skipped: {error}\n")));
                 None
             }
         }

@@ -50,7 +50,10 @@ struct Ports {
 pub(crate) fn have_kvm() -> bool {
     let found = Kvm::new();
     if let Err(error) = &found {
-        println!("skipped: /dev/kvm cannot be used: {error}");
+        drop(std::io::Write::write_fmt(
+            &mut std::io::stderr(),
+            format_args!("skipped: /dev/kvm cannot be used: {error}\n"),
+        ));
     }
     found.is_ok()
 }
