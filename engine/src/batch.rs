@@ -1,8 +1,14 @@
 //! Planning: takes dirty pages out of the accumulator, arms them again, and cuts them into batches.
+//!
+//! A round has two steps, each closed by a barrier over all lanes. The first carries what changed. The
+//! second carries the pages which the encoders put off because another page had their content first: they
+//! refer to what the first has delivered (R6).
 
-use crate::dirty::Accumulator;
+use std::sync::Arc;
+
+use crate::dirty::{Accumulator, PageBitmap};
 use crate::limits::MAX_BATCH_PAGES;
-use crate::memory::RegionId;
+use crate::memory::{Layout, RegionId};
 use crate::units::{PAGES_PER_WORD, PageNumber, PageRun};
 use crate::vm::VmResult;
 
@@ -13,11 +19,35 @@ const REARM_GAP_WORDS: u64 = 64;
 /// [`DirtySource::rearm`](crate::dirty::DirtySource::rearm).
 pub type Rearm<'a> = &'a mut dyn FnMut(RegionId, u64, &[u64]) -> VmResult<()>;
 
+/// Which step of a round.
+#[derive(Debug, Clone, Default)]
+pub enum Phase {
+    /// What changed.
+    #[default]
+    Contents,
+    /// Duplicates: all pages that were put off in the first step.
+    Copies(Arc<PageBitmap>),
+}
+
+impl Phase {
+    /// The step's number among all: two per round.
+    pub fn step(&self, round: u32) -> u32 {
+        round.saturating_mul(2).saturating_add(u32::from(matches!(self, Self::Copies(_))))
+    }
+}
+
+/// The round that a step belongs to, and whether it is the round's last step.
+pub fn round_of(step: u32) -> (u32, bool) {
+    (step / 2, step % 2 == 1)
+}
+
 /// Pages that one worker encodes into one frame, ascending.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
+#[derive(Debug, Clone, Default)]
 pub struct Batch {
     /// The round it belongs to.
     pub round: u32,
+    /// The step of the round.
+    pub phase: Phase,
     /// Its pages; no run crosses a region.
     pub runs: Vec<PageRun>,
     /// How many pages all runs have.
@@ -25,6 +55,11 @@ pub struct Batch {
 }
 
 impl Batch {
+    /// The number of its step.
+    pub fn step(&self) -> u32 {
+        self.phase.step(self.round)
+    }
+
     fn push(&mut self, run: PageRun, joins_previous: bool) {
         self.pages += run.count;
         match self.runs.last_mut() {
@@ -34,11 +69,15 @@ impl Batch {
     }
 }
 
-/// Walks once over the dirty pages of a round.
+/// Walks over the pages of a round: first those that are dirty, then those put off.
 #[derive(Debug, Default)]
 pub struct Planner {
     round: u32,
+    phase: Phase,
     next_word: u64,
+    /// Bits of word `next_word` that are planned already, in the second step.
+    planned: u64,
+    deferred: PageBitmap,
     rearm: RearmSpan,
 }
 
@@ -48,32 +87,109 @@ impl Planner {
         Self { round, ..Self::default() }
     }
 
-    /// The next batch, `None` when the round has no more pages. Every page of it was armed again
-    /// before this returns, so it may be read (R2), and is in flight (R1).
+    /// The open step.
+    pub fn step(&self) -> u32 {
+        self.phase.step(self.round)
+    }
+
+    /// The next batch of the open step, `None` when it has no more. Every page of it was armed again before
+    /// this returns or in the step before, so it may be read (R2), and is in flight (R1).
     pub fn next_batch(&mut self, dirty: &mut Accumulator, rearm: Rearm<'_>) -> VmResult<Option<Batch>> {
-        let mut batch = Batch { round: self.round, ..Batch::default() };
+        let batch = match &self.phase {
+            Phase::Contents => self.next_dirty(dirty, rearm)?,
+            Phase::Copies(deferred) => {
+                let deferred = Arc::clone(deferred);
+                self.next_deferred(&deferred, dirty.layout())
+            }
+        };
+        Ok((batch.pages > 0).then_some(batch))
+    }
+
+    /// Takes note of pages that an encoder has put off.
+    pub fn defer(&mut self, layout: &Layout, runs: &[PageRun]) {
+        if self.deferred.page_space() == 0 && !runs.is_empty() {
+            self.deferred = PageBitmap::new(layout.page_space());
+        }
+        for run in runs {
+            self.deferred.insert_run(*run);
+        }
+    }
+
+    /// Goes on to the second step once all lanes have sent the first; `false` when the round is over.
+    pub fn begin_copies(&mut self) -> bool {
+        match self.phase {
+            Phase::Contents => {
+                self.phase = Phase::Copies(Arc::new(std::mem::take(&mut self.deferred)));
+                self.next_word = 0;
+                true
+            }
+            Phase::Copies(_) => false,
+        }
+    }
+
+    /// Leaves out what is still to be planned of the dirty pages. Pages put off are not left out: the
+    /// source has booked them as sent.
+    pub fn abandon(&mut self) {
+        if matches!(self.phase, Phase::Contents) {
+            self.next_word = u64::MAX;
+        }
+    }
+
+    fn next_dirty(&mut self, dirty: &mut Accumulator, rearm: Rearm<'_>) -> VmResult<Batch> {
+        let mut batch = self.open_batch();
         let mut previous_region = None;
         while batch.pages < MAX_BATCH_PAGES as u64 {
             let Some((word, bits)) = dirty.dirty().next_word(self.next_word) else {
                 break;
             };
-            let first_page = word * PAGES_PER_WORD;
-            // Bits of one word belong to one region: regions start at word boundaries.
-            let lowest = PageNumber(first_page + u64::from(bits.trailing_zeros()));
-            let Some((region, index)) = dirty.layout().locate(lowest) else {
-                return Err(format!("a dirty bit outside every region: {lowest}").into());
-            };
-            let taken = lowest_bits(bits, MAX_BATCH_PAGES as u64 - batch.pages);
-            self.next_word = if taken == bits { word + 1 } else { word };
+            let (region, index) = locate(dirty.layout(), word, bits)?;
+            let taken = self.take(word, bits, &batch);
             dirty.take_word(word, taken);
-            let first_in_region = index - u64::from(bits.trailing_zeros());
-            self.rearm.add(region, first_in_region, taken, rearm)?;
-            for_each_run(first_page, taken, |run| batch.push(run, previous_region == Some(region)));
+            self.rearm.add(region, index, taken, rearm)?;
+            for_each_run(word * PAGES_PER_WORD, taken, |run| batch.push(run, previous_region == Some(region)));
             previous_region = Some(region);
         }
         self.rearm.flush(rearm)?;
-        Ok((batch.pages > 0).then_some(batch))
+        Ok(batch)
     }
+
+    fn next_deferred(&mut self, deferred: &PageBitmap, layout: &Layout) -> Batch {
+        let mut batch = self.open_batch();
+        let mut previous_region = None;
+        while batch.pages < MAX_BATCH_PAGES as u64 {
+            let Some((word, bits)) = deferred.next_word(self.next_word) else {
+                break;
+            };
+            // What the last batch had no room for.
+            let left = bits & !self.planned;
+            let region = locate(layout, word, bits).ok().map(|(region, _)| region);
+            let taken = self.take(word, left, &batch);
+            self.planned = if taken == left { 0 } else { self.planned | taken };
+            for_each_run(word * PAGES_PER_WORD, taken, |run| batch.push(run, previous_region == region));
+            previous_region = region;
+        }
+        batch
+    }
+
+    fn open_batch(&self) -> Batch {
+        Batch { round: self.round, phase: self.phase.clone(), ..Batch::default() }
+    }
+
+    /// As many of a word's pages as the batch has room for; goes on to the next word if that is all.
+    fn take(&mut self, word: u64, bits: u64, batch: &Batch) -> u64 {
+        let taken = lowest_bits(bits, MAX_BATCH_PAGES as u64 - batch.pages);
+        self.next_word = if taken == bits { word + 1 } else { word };
+        taken
+    }
+}
+
+/// The region of a word's pages, and the word's first page in it. Bits of one word belong to one
+/// region: regions start at word boundaries.
+fn locate(layout: &Layout, word: u64, bits: u64) -> VmResult<(RegionId, u64)> {
+    let lowest = u64::from(bits.trailing_zeros());
+    let page = PageNumber(word * PAGES_PER_WORD + lowest);
+    let (region, index) = layout.locate(page).ok_or_else(|| format!("a dirty bit outside every region: {page}"))?;
+    Ok((region, index - lowest))
 }
 
 /// The `count` lowest set bits.

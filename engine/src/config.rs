@@ -22,6 +22,44 @@ pub enum Verify {
     Full,
 }
 
+/// How hard what is left of a batch is packed.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum Compress {
+    /// As it pays: measured per batch against the link.
+    #[default]
+    Auto,
+    /// Never.
+    Off,
+    /// Always at this zstd level, [`MIN_LEVEL`](crate::encode::MIN_LEVEL) to
+    /// [`MAX_LEVEL`](crate::encode::MAX_LEVEL); others are taken for the nearest.
+    Level(i32),
+}
+
+/// How the source makes pages small.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct EncodeConfig {
+    /// Threads that encode. Default: half of the host's cores, at least one, at most 8: the guest's
+    /// vCPUs need the others.
+    pub threads: u16,
+    /// How hard to pack. Default: as it pays.
+    pub compress: Compress,
+    /// Whether a page that another page equals is sent as a reference. Default: yes. Costs 16 bytes of
+    /// memory per page with content.
+    pub duplicates: bool,
+    /// Bytes of pages kept as they were last sent, so that only what changed needs to be sent again;
+    /// taken as pages come. Default 256 MiB; 0 for no deltas.
+    pub delta_cache: u64,
+}
+
+impl Default for EncodeConfig {
+    fn default() -> Self {
+        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZeroUsize::get);
+        let threads = (cores / 2).clamp(1, 8) as u16;
+        Self { threads, compress: Compress::default(), duplicates: true, delta_cache: 256 << 20 }
+    }
+}
+
 /// Choices of the source.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -41,6 +79,8 @@ pub struct SourceConfig {
     /// Most vCPU time in per cent that may be taken away from a guest whose rounds stop shrinking.
     /// Default 99; 0 turns throttling off.
     pub max_throttle: u8,
+    /// How pages are made small.
+    pub encode: EncodeConfig,
     /// Proof asked for before the hand-over. Default: the incremental digest.
     pub verify: Verify,
     /// A peer that says nothing, or takes nothing, for this long is dead. Default 10 s.
@@ -58,6 +98,7 @@ impl Default for SourceConfig {
             on_timeout: OnTimeout::default(),
             bandwidth: None,
             max_throttle: 99,
+            encode: EncodeConfig::default(),
             verify: Verify::default(),
             peer_timeout: Duration::from_secs(10),
             settle_window: Duration::from_secs(30),

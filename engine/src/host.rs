@@ -15,7 +15,9 @@ use crate::stats::Event;
 pub enum ThreadRole {
     /// Reads the control lane.
     Control,
-    /// Encodes and sends on a data lane.
+    /// Encodes batches.
+    Encoder(u16),
+    /// Sends on a data lane.
     Sender(u16),
     /// Receives and places from a data lane.
     Receiver(u16),
@@ -45,6 +47,7 @@ impl Spawner for StdSpawner {
     fn spawn(&self, role: ThreadRole, work: Box<dyn FnOnce() + Send>) -> io::Result<Box<dyn Joiner>> {
         let name = match role {
             ThreadRole::Control => "ferry-control".to_owned(),
+            ThreadRole::Encoder(index) => format!("ferry-encode-{index}"),
             ThreadRole::Sender(lane) => format!("ferry-send-{lane}"),
             ThreadRole::Receiver(lane) => format!("ferry-recv-{lane}"),
             ThreadRole::Door => "ferry-door".to_owned(),

@@ -9,12 +9,14 @@ pub mod units;
 pub mod barrier;
 pub mod batch;
 pub mod converge;
+pub mod delta;
 pub mod digest;
 pub mod dirty;
 pub mod encode;
 pub mod host;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod pattern;
 pub mod place;
 pub mod session;
 pub mod stats;
@@ -24,7 +26,7 @@ pub mod wire;
 
 pub mod driver;
 
-pub use config::{DestinationConfig, OnTimeout, SourceConfig, Verify};
+pub use config::{Compress, DestinationConfig, EncodeConfig, OnTimeout, SourceConfig, Verify};
 pub use driver::{Destination, Source};
 pub use error::{Error, Failed, Unsettled};
 pub use host::{Control, Observer};

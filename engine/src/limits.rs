@@ -16,6 +16,12 @@ pub const MAX_REGION_NAME: usize = 64;
 /// between copy, hash and send, and is long enough to hide the cost of a frame.
 pub const MAX_BATCH_PAGES: usize = 128;
 
+/// Bytes of a page's delta. Half a page: what is longer saves too little to be worth keeping the base.
+pub const MAX_DELTA: usize = 2048;
+
+/// Bytes of a batch's payload before packing: all of its pages literal. Deltas are smaller than pages.
+pub const MAX_PAYLOAD: usize = MAX_BATCH_PAGES * crate::units::PAGE_SIZE;
+
 /// Bytes of a frame's body: one batch of literal pages and its records, rounded up generously.
 pub const MAX_FRAME_BODY: usize = 1 << 20;
 
@@ -47,9 +53,27 @@ pub const MAX_PENDING_LANES: usize = 256;
 /// Time a new lane has to introduce itself before it is dropped as a stranger.
 pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Batches planned ahead per worker: enough to keep it busy, few enough that re-arming a page
-/// happens shortly before it is read (R2 costs a resend for every write in between).
-pub const PLANNED_BATCHES_PER_WORKER: usize = 2;
+/// Batches at work or waiting for a lane, per encoder: one in its hands and one to go on with.
+pub const BATCHES_PER_ENCODER: usize = 2;
+
+/// Batches at work or waiting, per lane: one that it sends and one to go on with. Few, so that a page is
+/// re-armed shortly before it is read (R2 costs a resend for every write in between), and so that little is
+/// under way when the guest stops.
+pub const BATCHES_PER_LANE: usize = 2;
+
+/// Batches at work or waiting in all, whatever the numbers of encoders and lanes: each holds up to
+/// 1 MiB of buffers.
+pub const MAX_BATCHES: usize = 288;
+
+/// Encoder threads. More than this feed a link of 400 Gbps.
+pub const MAX_ENCODERS: u16 = 128;
+
+/// Slots of the index of duplicates per page with content, 8 bytes each: half of them empty, so that
+/// hardly a bucket runs over.
+pub const DUPLICATE_SLOTS_PER_PAGE: u64 = 2;
+
+/// Slots of the smallest index of duplicates: 256 KiB.
+pub const MIN_DUPLICATE_SLOTS: u64 = 1 << 15;
 
 /// Pages per lazily made chunk of the page-hash table (16 bytes a page: 512 KiB).
 pub const HASH_CHUNK_PAGES: u64 = 1 << 15;

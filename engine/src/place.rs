@@ -3,11 +3,14 @@
 
 use std::sync::Arc;
 
+use zstd::bulk::Decompressor;
+
+use crate::delta;
 use crate::digest::{HashTable, PageHash, PageHasher};
 use crate::encode::{Tally, checksum};
-use crate::memory::{GuestMemory, MemoryError, PageWriter};
+use crate::memory::{GuestMemory, MemoryError, PageReader, PageWriter};
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
-use crate::wire::pages::{self, Coding, Record};
+use crate::wire::pages::{self, Body, Coding, Packing, Record};
 use crate::wire::{FrameBuffer, WireError};
 
 const ZERO_PAGE: [u8; PAGE_SIZE] = [0; PAGE_SIZE];
@@ -19,18 +22,25 @@ pub enum PlaceError {
     /// The frame is not valid.
     #[error(transparent)]
     Wire(#[from] WireError),
-    /// The destination's memory could not be written.
+    /// The destination's memory could not be read or written.
     #[error(transparent)]
     Memory(#[from] MemoryError),
 }
 
 /// Places batches; each lane has one of its own, all share the hash table.
 pub struct Placer {
+    ground: Ground,
+    records: Vec<Record>,
+    hashes: Vec<PageHash>,
+    unpacker: Unpacker,
+}
+
+/// The destination's memory, and what is known of it.
+struct Ground {
+    reader: PageReader,
     writer: PageWriter,
     hasher: PageHasher,
     table: Arc<HashTable>,
-    records: Vec<Record>,
-    hashes: Vec<PageHash>,
 }
 
 impl std::fmt::Debug for Placer {
@@ -42,56 +52,92 @@ impl std::fmt::Debug for Placer {
 impl Placer {
     /// A placer into a guest's memory, which must read as zeros where nothing was placed yet.
     pub fn new(memory: Arc<dyn GuestMemory>, hasher: PageHasher, table: Arc<HashTable>) -> Self {
-        Self { writer: PageWriter::new(memory), hasher, table, records: Vec::new(), hashes: Vec::new() }
-    }
-
-    /// Whether a frame of kind `Pages` is whole, without placing anything: for a frame whose place in
-    /// the order of rounds is odd, which damage could be the reason of.
-    pub fn check(&mut self, frame: &FrameBuffer) -> Result<(), WireError> {
-        let header = frame.header()?;
-        let (head, literals) = pages::decode(frame.body(), self.writer.layout(), &mut self.records)?;
-        self.hashes.clear();
-        self.hashes.extend(literals.as_chunks::<PAGE_SIZE>().0.iter().map(|page| self.hasher.hash(page)));
-        header.verify(checksum(&header, head, &self.hashes))
+        let reader = PageReader::new(Arc::clone(&memory));
+        let ground = Ground { reader, writer: PageWriter::new(memory), hasher, table };
+        Self { ground, records: Vec::new(), hashes: Vec::new(), unpacker: Unpacker::default() }
     }
 
     /// Checks a frame of kind `Pages` and places its pages.
     ///
-    /// Which pages a frame names is checked first. Literal pages are written as they are hashed, while
-    /// they are in the cache, and the checksum over records and hashes is compared afterwards: after an
-    /// error any page of the guest may hold anything, none counts as placed, and the migration must end.
+    /// Which pages a frame names is checked first. Pages are written as they are hashed, while they are in
+    /// the cache, and the checksum over records and hashes is compared afterwards: after an error any page
+    /// of the guest may hold anything, none counts as placed, and the migration must end.
     pub fn place(&mut self, frame: &FrameBuffer) -> Result<Tally, PlaceError> {
         let header = frame.header()?;
-        let (head, literals) = pages::decode(frame.body(), self.writer.layout(), &mut self.records)?;
-        self.hashes.clear();
-        let (mut literals, _) = literals.as_chunks::<PAGE_SIZE>();
-        for record in self.records.iter().filter(|record| record.coding == Coding::Literal) {
-            let run = self.writer.run(record.run)?;
-            let pages;
-            (pages, literals) = literals.split_at(record.run.count as usize);
-            for (index, page) in (0..).zip(pages) {
-                self.hashes.push(self.hasher.hash(page));
-                run.write(index, page)?;
-            }
+        let Self { ground, records, hashes, unpacker } = self;
+        let body = pages::decode(frame.body(), ground.writer.layout(), records)?;
+        let payload = unpacker.unpack(&body)?;
+        let mut contents = Contents::of(records, payload)?;
+        hashes.clear();
+        for record in records.iter() {
+            ground.place_run(*record, &mut contents, hashes)?;
         }
-        self.writer.finish();
-        header.verify(checksum(&header, head, &self.hashes))?;
+        contents.end()?;
+        ground.writer.finish();
+        header.verify(checksum(&header, body.head, hashes))?;
         let mut tally = Tally { wire_bytes: frame.bytes().len() as u64, ..Tally::default() };
-        self.count_in(&mut tally)?;
+        ground.count_in(records, hashes, &mut tally)?;
         Ok(tally)
+    }
+}
+
+impl Ground {
+    /// Writes the pages of a record, except zero pages, and adds their hashes.
+    fn place_run(
+        &self,
+        record: Record,
+        contents: &mut Contents<'_>,
+        hashes: &mut Vec<PageHash>,
+    ) -> Result<(), PlaceError> {
+        let run = self.writer.run(record.run)?;
+        for (index, page) in (0..).zip(record.run.pages()) {
+            match record.coding {
+                Coding::Zero => return Ok(()),
+                Coding::Literal => {
+                    let bytes = contents.literal()?;
+                    hashes.push(self.hasher.hash(bytes));
+                    run.write(index, bytes)?;
+                    continue;
+                }
+                _ => {}
+            }
+            let bytes = match record.coding {
+                Coding::Copy { from } => self.read(PageNumber(from.0 + index))?,
+                Coding::Pattern => contents.pattern()?,
+                _ => contents.apply_delta(page, self.read(page)?)?,
+            };
+            hashes.push(self.hash(&bytes));
+            run.write(index, &bytes)?;
+        }
+        Ok(())
+    }
+
+    /// A page as it lies here.
+    fn read(&self, page: PageNumber) -> Result<[u8; PAGE_SIZE], MemoryError> {
+        let mut bytes = [0; PAGE_SIZE];
+        self.reader.read_run(PageRun { first: page, count: 1 }, |_, read| {
+            if read(&mut bytes)? {
+                bytes = ZERO_PAGE;
+            }
+            Ok(())
+        })?;
+        Ok(bytes)
+    }
+
+    fn hash(&self, bytes: &[u8; PAGE_SIZE]) -> PageHash {
+        if *bytes == ZERO_PAGE { PageHash::ZERO } else { self.hasher.hash(bytes) }
     }
 
     /// Enters the pages of a sound frame in the table, and writes its zero pages.
-    fn count_in(&self, tally: &mut Tally) -> Result<(), MemoryError> {
-        let mut hashes = self.hashes.iter();
-        for record in &self.records {
-            match record.coding {
-                Coding::Literal => {
-                    for (page, hash) in record.run.pages().zip(&mut hashes) {
-                        self.note(page, *hash, tally);
-                    }
-                }
-                Coding::Zero => self.place_zeros(record.run, tally)?,
+    fn count_in(&self, records: &[Record], hashes: &[PageHash], tally: &mut Tally) -> Result<(), MemoryError> {
+        let mut hashes = hashes.iter();
+        for record in records {
+            if record.coding == Coding::Zero {
+                self.place_zeros(record.run, tally)?;
+                continue;
+            }
+            for (page, hash) in record.run.pages().zip(&mut hashes) {
+                self.note(page, *hash, tally);
             }
         }
         self.writer.finish();
@@ -119,14 +165,86 @@ impl Placer {
     }
 }
 
+/// Unpacks payloads into a buffer that never grows past the largest.
+#[derive(Default)]
+struct Unpacker {
+    decompressor: Option<Decompressor<'static>>,
+    payload: Vec<u8>,
+}
+
+impl Unpacker {
+    fn unpack<'a>(&'a mut self, body: &Body<'a>) -> Result<&'a [u8], PlaceError> {
+        if body.packing == Packing::Raw {
+            return Ok(body.packed);
+        }
+        let decompressor = match &mut self.decompressor {
+            Some(decompressor) => decompressor,
+            empty => empty.insert(Decompressor::new().map_err(MemoryError::Packing)?),
+        };
+        // A slice, so that nothing beyond the announced length can be written (R17).
+        self.payload.resize(body.payload_len.max(self.payload.len()), 0);
+        let room = &mut self.payload[..body.payload_len];
+        match decompressor.decompress_to_buffer(body.packed, room) {
+            Ok(len) if len == body.payload_len => Ok(&self.payload[..len]),
+            Ok(len) => {
+                Err(WireError::Payload(format!("it has {len} bytes where {} were announced", body.payload_len)).into())
+            }
+            Err(error) => Err(WireError::Payload(error.to_string()).into()),
+        }
+    }
+}
+
+/// The parts of a payload, taken off in the order of the records.
+struct Contents<'a> {
+    literals: &'a [[u8; PAGE_SIZE]],
+    /// What deltas and patterns need.
+    rest: &'a [u8],
+}
+
+impl<'a> Contents<'a> {
+    fn of(records: &[Record], payload: &'a [u8]) -> Result<Self, WireError> {
+        let literal = |record: &&Record| record.coding == Coding::Literal;
+        let count: u64 = records.iter().filter(literal).map(|record| record.run.count).sum();
+        let literals = payload.split_at_checked(count as usize * PAGE_SIZE);
+        let (literals, rest) = literals.ok_or(WireError::Truncated("literal pages"))?;
+        Ok(Self { literals: literals.as_chunks().0, rest })
+    }
+
+    fn literal(&mut self) -> Result<&'a [u8; PAGE_SIZE], WireError> {
+        let (page, left) = self.literals.split_first().ok_or(WireError::Truncated("literal pages"))?;
+        self.literals = left;
+        Ok(page)
+    }
+
+    fn apply_delta(&mut self, page: PageNumber, mut bytes: [u8; PAGE_SIZE]) -> Result<[u8; PAGE_SIZE], WireError> {
+        let used = delta::apply(&mut bytes, self.rest).map_err(|source| WireError::Delta { page, source })?;
+        self.rest = self.rest.get(used..).ok_or(WireError::Truncated("deltas"))?;
+        Ok(bytes)
+    }
+
+    fn pattern(&mut self) -> Result<[u8; PAGE_SIZE], WireError> {
+        let (word, left) = self.rest.split_first_chunk::<8>().ok_or(WireError::Truncated("patterns"))?;
+        self.rest = left;
+        let mut bytes = [0; PAGE_SIZE];
+        bytes.as_chunks_mut().0.fill(*word);
+        Ok(bytes)
+    }
+
+    /// Everything was used.
+    fn end(&self) -> Result<(), WireError> {
+        if self.rest.is_empty() { Ok(()) } else { Err(WireError::Trailing(self.rest.len())) }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::batch::{Batch, Planner};
     use crate::digest::{Digest, DigestKey};
     use crate::dirty::{Accumulator, DirtySink};
-    use crate::encode::{EncodedBatch, Encoder, digest_runs, populated_runs};
+    use crate::encode::{Choice, EncodedBatch, Encoder, Shared, digest_runs, populated_runs};
     use crate::memory::{Backing, Layout, MappedMemory, PageReader, Region, RegionId};
+    use crate::stats::Stages;
 
     struct Side {
         memory: Arc<MappedMemory>,
@@ -165,13 +283,13 @@ mod tests {
     }
 
     fn send(source: &Side, destination: &Side, batches: &[Batch]) -> (Digest, Digest) {
-        let mut encoder = Encoder::new(source.memory.clone(), hasher(), source.table.clone());
+        let mut encoder = Encoder::new(source.memory.clone(), hasher(), Arc::new(Shared::plain(source.table.clone())));
         let mut placer = Placer::new(destination.memory.clone(), hasher(), destination.table.clone());
         let mut encoded = EncodedBatch::default();
         let (mut sent, mut placed) = (Tally::default(), Tally::default());
         for batch in batches {
-            encoder.encode(batch, &mut encoded).unwrap();
-            sent.add(encoded.tally());
+            encoder.encode(batch, Choice::default(), &mut encoded).unwrap();
+            sent.add(&Tally { stages: Stages::default(), ..*encoded.tally() });
             placed.add(&placer.place(&frame_of(&mut encoded)).unwrap());
         }
         assert_eq!(sent, placed);
@@ -229,10 +347,11 @@ mod tests {
     #[test]
     fn a_damaged_frame_is_refused_and_counts_for_nothing() {
         let (source, destination) = (side(), side());
-        source.memory.write(RegionId(0), 0, &[7; 3 * 4096]).unwrap();
-        let mut encoder = Encoder::new(source.memory.clone(), hasher(), source.table.clone());
+        let content: Vec<u8> = (0..3 * 4096).map(|at| (at % 251) as u8).collect();
+        source.memory.write(RegionId(0), 0, &content).unwrap();
+        let mut encoder = Encoder::new(source.memory.clone(), hasher(), Arc::new(Shared::plain(source.table.clone())));
         let mut encoded = EncodedBatch::default();
-        encoder.encode(&batches(&source, &[(0, 0..5)])[0], &mut encoded).unwrap();
+        encoder.encode(&batches(&source, &[(0, 0..5)])[0], Choice::default(), &mut encoded).unwrap();
         let whole = frame_of(&mut encoded).bytes().to_vec();
         let mut placer = Placer::new(destination.memory.clone(), hasher(), destination.table.clone());
         for at in (0..whole.len()).step_by(if whole.len() > 5000 { 97 } else { 1 }).chain(0..80) {
@@ -250,12 +369,16 @@ mod tests {
     #[test]
     fn records_outside_memory_over_the_limit_or_descending_are_refused() {
         let destination = side();
-        let bodies: [&[u8]; 5] = [
-            &[2, 0, 0, 0, 99, 2 << 2],            // 2 pages from page 99: leaves region "low"
-            &[2, 0, 0, 0, 110, 1 << 2],           // between the regions
-            &[3, 0, 0, 0, 0, 0x84, 4],            // 129 pages
-            &[2, 0, 0, 0, 0, 1 << 2 | 3],         // unknown coding
-            &[0xFF, 0xFF, 0xFF, 0xFF, 0, 1 << 2], // records longer than the body
+        // Each with its head's length, not packed, and the payload's length in front.
+        let bodies: [&[u8]; 8] = [
+            &[7, 0, 0, 0, 0, 0, 0, 0, 0, 99, 2 << 3], // 2 pages from page 99: leaves region "low"
+            &[7, 0, 0, 0, 0, 0, 0, 0, 0, 110, 1 << 3], // between the regions
+            &[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0x88, 8], // 129 pages
+            &[7, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1 << 3 | 7], // unknown coding
+            &[0xFF, 0xFF, 0xFF, 0xFF, 0, 0, 0, 0, 0, 0, 1 << 3], // head longer than the body
+            &[8, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1 << 3 | 4, 100], // a copy from between the regions
+            &[7, 0, 0, 0, 1, 0, 0, 0, 1, 0, 1 << 3 | 1], // 16 MiB announced for one page
+            &[7, 0, 0, 0, 2, 0, 0, 0, 0, 0, 1 << 3],  // unknown packing
         ];
         for body in bodies {
             let mut records = Vec::new();

@@ -77,6 +77,65 @@ pub struct RoundReport {
     pub predicted_downtime: Option<Duration>,
     /// vCPU throttle in per cent during the round.
     pub throttle: u8,
+    /// What became of its pages.
+    pub stages: Stages,
+}
+
+/// What became of pages on their way to the wire, and what finding that out took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stages {
+    /// Pages of zeros.
+    pub zero_pages: u64,
+    /// Dirty pages whose content was the same as last sent: nothing was sent.
+    pub unchanged_pages: u64,
+    /// Pages of one repeated 8-byte value.
+    pub pattern_pages: u64,
+    /// Pages sent as a delta against what was last sent.
+    pub delta_pages: u64,
+    /// Pages sent as a reference to an equal page.
+    pub copied_pages: u64,
+    /// Pages sent whole.
+    pub literal_pages: u64,
+    /// Bytes of deltas before packing.
+    pub delta_bytes: u64,
+    /// Bytes of frame headers and records.
+    pub head_bytes: u64,
+    /// Bytes of payload (literal pages, deltas, patterns) before packing.
+    pub payload_bytes: u64,
+    /// Bytes of payload after packing.
+    pub packed_bytes: u64,
+    /// Encoder time spent reading, comparing and hashing, over all threads.
+    pub scan_time: Duration,
+    /// Encoder time spent on deltas.
+    pub delta_time: Duration,
+    /// Encoder time spent on packing, trials of other levels included.
+    pub pack_time: Duration,
+}
+
+impl Stages {
+    /// Adds others to these.
+    pub fn add(&mut self, other: &Self) {
+        self.zero_pages += other.zero_pages;
+        self.unchanged_pages += other.unchanged_pages;
+        self.pattern_pages += other.pattern_pages;
+        self.delta_pages += other.delta_pages;
+        self.copied_pages += other.copied_pages;
+        self.literal_pages += other.literal_pages;
+        self.delta_bytes += other.delta_bytes;
+        self.head_bytes += other.head_bytes;
+        self.payload_bytes += other.payload_bytes;
+        self.packed_bytes += other.packed_bytes;
+        self.scan_time += other.scan_time;
+        self.delta_time += other.delta_time;
+        self.pack_time += other.pack_time;
+    }
+
+    /// Pages that reached an encoder.
+    pub fn pages(&self) -> u64 {
+        let references = self.zero_pages + self.unchanged_pages + self.copied_pages;
+        references + self.pattern_pages + self.delta_pages + self.literal_pages
+    }
 }
 
 /// The guest's standstill, in parts that add up to [`total`](Self::total). Measured at the source.
@@ -133,4 +192,6 @@ pub struct Report {
     pub full_verify_match: Option<bool>,
     /// The strongest throttle in per cent.
     pub throttle_peak: u8,
+    /// What became of the pages, and what that took. Known at the source only.
+    pub stages: Stages,
 }

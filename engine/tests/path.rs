@@ -6,7 +6,7 @@ use std::sync::Arc;
 use pageferry::batch::Planner;
 use pageferry::digest::{Digest, DigestKey, HashTable, PageHasher};
 use pageferry::dirty::{Accumulator, DirtySink, DirtySource, Point, WriteLog};
-use pageferry::encode::{EncodedBatch, Encoder};
+use pageferry::encode::{Choice, EncodedBatch, Encoder, Shared};
 use pageferry::memory::{Backing, GuestMemory, Layout, MappedMemory, Region, RegionId};
 use pageferry::place::Placer;
 use pageferry::wire::{FrameBuffer, Kind};
@@ -42,7 +42,8 @@ fn one_page_travels_from_one_memory_to_another() {
 
     // Encode: copied out once, hashed, framed.
     let mut encoded = EncodedBatch::default();
-    Encoder::new(source.clone(), hasher.clone(), table()).encode(&batch, &mut encoded).unwrap();
+    let shared = Arc::new(Shared::plain(table()));
+    Encoder::new(source.clone(), hasher.clone(), shared).encode(&batch, Choice::default(), &mut encoded).unwrap();
     let sent = encoded.tally().digest;
     let bytes: Vec<u8> = encoded.seal(0).iter().flat_map(|part| part.iter().copied()).collect();
 
@@ -69,7 +70,7 @@ fn a_page_that_becomes_zero_again_is_zero_at_the_destination() {
     let (source, destination) = (memory(), memory());
     let hasher = PageHasher::new(&DigestKey([1; 32]));
     let table = || Arc::new(HashTable::new(layout.page_space()));
-    let mut encoder = Encoder::new(source.clone(), hasher.clone(), table());
+    let mut encoder = Encoder::new(source.clone(), hasher.clone(), Arc::new(Shared::plain(table())));
     let mut placer = Placer::new(destination.clone(), hasher, table());
     let mut dirty = Accumulator::new(layout.clone());
     let mut digest = Digest::default();
@@ -78,7 +79,7 @@ fn a_page_that_becomes_zero_again_is_zero_at_the_destination() {
         dirty.mark_zeroed(RegionId(0), 0..1);
         let batch = Planner::new(0).next_batch(&mut dirty, &mut |_, _, _| Ok(())).unwrap().unwrap();
         let mut encoded = EncodedBatch::default();
-        encoder.encode(&batch, &mut encoded).unwrap();
+        encoder.encode(&batch, Choice::default(), &mut encoded).unwrap();
         let bytes: Vec<u8> = encoded.seal(0).iter().flat_map(|part| part.iter().copied()).collect();
         let mut frame = FrameBuffer::new();
         frame.fill(&bytes).unwrap();

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use clap::Args;
 use pageferry::batch::Batch;
 use pageferry::digest::{DigestKey, HashTable, PageHasher};
-use pageferry::encode::{EncodedBatch, Encoder};
+use pageferry::encode::{Choice, EncodedBatch, Encoder, Shared};
 use pageferry::limits::MAX_BATCH_PAGES;
 use pageferry::memory::{GuestMemory, MappedMemory, is_zero, is_zero_portable};
 use pageferry::place::Placer;
@@ -112,9 +112,11 @@ impl Bench {
     /// The whole way of a batch on either side, without a lane between them.
     fn batches(&self, outcome: &mut Outcome, what: &str) -> Result<(), BenchError> {
         let table = || Arc::new(HashTable::new(self.bytes / PAGE as u64));
-        let mut encoder = Encoder::new(self.memory.clone(), hasher(), table());
+        let mut encoder = Encoder::new(self.memory.clone(), hasher(), Arc::new(Shared::plain(table())));
         let mut encoded = EncodedBatch::default();
-        self.speed(outcome, &format!("encode {what}"), |offset| Ok(encoder.encode(&batch(offset), &mut encoded)?))?;
+        self.speed(outcome, &format!("encode {what}"), |offset| {
+            Ok(encoder.encode(&batch(offset), Choice::default(), &mut encoded)?)
+        })?;
 
         let target = guest::prefaulted(self.bytes)?;
         let mut placer = Placer::new(target.clone(), hasher(), table());
@@ -123,7 +125,7 @@ impl Bench {
         for _ in 0..self.runs {
             let mut spent = 0.0;
             for offset in (0..self.bytes).step_by(BATCH) {
-                encoder.encode(&batch(offset), &mut encoded)?;
+                encoder.encode(&batch(offset), Choice::default(), &mut encoded)?;
                 fill(&mut frame, &encoded.seal(0))?;
                 let started = sys::thread_seconds();
                 placer.place(&frame).map_err(|error| BenchError::Wrong(error.to_string()))?;
@@ -150,7 +152,7 @@ fn fill(frame: &mut FrameBuffer, parts: &[IoSlice<'_>]) -> Result<(), BenchError
 
 fn batch(offset: u64) -> Batch {
     let run = PageRun { first: PageNumber(offset / PAGE as u64), count: MAX_BATCH_PAGES as u64 };
-    Batch { round: 0, runs: vec![run], pages: run.count }
+    Batch { runs: vec![run], pages: run.count, ..Batch::default() }
 }
 
 fn hasher() -> PageHasher {

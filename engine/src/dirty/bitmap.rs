@@ -19,6 +19,11 @@ impl PageBitmap {
         Self { words: vec![0; words], summary: vec![0; words.div_ceil(64)], count: 0 }
     }
 
+    /// Pages that the set could hold, rounded up to whole words.
+    pub fn page_space(&self) -> u64 {
+        self.words.len() as u64 * PAGES_PER_WORD
+    }
+
     /// Pages in the set.
     pub fn count(&self) -> u64 {
         self.count

@@ -7,7 +7,8 @@ use crossbeam_channel::Sender;
 use super::Counters;
 use super::destination::{DestinationEvent, LaneEvent};
 use super::lane::NumberedReceiver;
-use crate::barrier::{Entry, RoundBarrier};
+use crate::barrier::{Barrier, Entry};
+use crate::batch::round_of;
 use crate::digest::{Digest, HashTable, PageHasher};
 use crate::encode::Tally;
 use crate::error::Error;
@@ -27,7 +28,7 @@ pub(super) struct Room {
     pub(super) single_lane: bool,
 }
 
-/// The round barrier, for threads.
+/// The barrier between steps, for threads.
 #[derive(Debug)]
 pub(super) struct Gate {
     state: Mutex<GateState>,
@@ -36,7 +37,7 @@ pub(super) struct Gate {
 
 #[derive(Debug)]
 struct GateState {
-    barrier: RoundBarrier,
+    barrier: Barrier,
     tally: Tally,
     closed: bool,
     /// Lanes that are placing pages now.
@@ -45,7 +46,7 @@ struct GateState {
 
 impl Gate {
     pub(super) fn new(lanes: u16) -> Self {
-        let state = GateState { barrier: RoundBarrier::new(lanes), tally: Tally::default(), closed: false, inside: 0 };
+        let state = GateState { barrier: Barrier::new(lanes), tally: Tally::default(), closed: false, inside: 0 };
         Self { state: Mutex::new(state), changed: Condvar::new() }
     }
 
@@ -59,19 +60,14 @@ impl Gate {
         }
     }
 
-    /// Whether a frame of `round` may be handled on `lane` without waiting.
-    fn is_open(&self, lane: u16, round: u32) -> bool {
-        self.lock().barrier.enter(lane, round) == Ok(Entry::Now)
-    }
-
-    /// Waits until frames of `round` may be handled on `lane`; `None` when no page is wanted any more.
-    fn enter(&self, lane: u16, round: u32) -> Result<Option<Inside<'_>>, String> {
+    /// Waits until frames of `step` may be handled on `lane`; `None` when no page is wanted any more.
+    fn enter(&self, lane: u16, step: u32) -> Result<Option<Inside<'_>>, String> {
         let mut state = self.lock();
         loop {
             if state.closed {
                 return Ok(None);
             }
-            match state.barrier.enter(lane, round).map_err(|error| error.to_string())? {
+            match state.barrier.enter(lane, step).map_err(|error| error.to_string())? {
                 Entry::Now => {
                     state.inside += 1;
                     return Ok(Some(Inside(self)));
@@ -81,13 +77,15 @@ impl Gate {
         }
     }
 
-    /// A lane has ended its round. Returns the round and the digest if all lanes have.
+    /// A lane has ended the open step. Returns the round and the digest if that was the round's last, and
+    /// all lanes have ended it.
     fn end(&self, lane: u16, tally: &Tally) -> Option<(u32, Digest)> {
         let mut state = self.lock();
         state.tally.add(tally);
         let complete = state.barrier.end(lane)?;
         self.changed.notify_all();
-        Some((complete, state.tally.digest))
+        let (round, last) = round_of(complete);
+        last.then_some((round, state.tally.digest))
     }
 
     fn lock(&self) -> MutexGuard<'_, GateState> {
@@ -121,8 +119,8 @@ pub(super) struct ReceiveDuty {
 }
 
 impl ReceiveDuty {
-    fn enter<'a>(&self, room: &'a Room, round: u32) -> Result<Option<Inside<'a>>, Error> {
-        room.gate.enter(self.index, round).map_err(|what| self.misbehaved(what))
+    fn enter<'a>(&self, room: &'a Room, step: u32) -> Result<Option<Inside<'a>>, Error> {
+        room.gate.enter(self.index, step).map_err(|what| self.misbehaved(what))
     }
 
     fn misbehaved(&self, what: String) -> Error {
@@ -161,7 +159,7 @@ impl Receiver {
             self.duty.lane.receive(&mut frame)?;
             let header = frame.header().map_err(|source| self.duty.lane.name.invalid(source))?;
             let goes_on = match header.kind {
-                Kind::Pages => self.place(&frame, header.round)?,
+                Kind::Pages => self.place(&frame, header.step)?,
                 _ => self.on_message(&frame)?,
             };
             if !goes_on {
@@ -170,16 +168,12 @@ impl Receiver {
         }
     }
 
-    fn place(&mut self, frame: &FrameBuffer, round: u32) -> Result<bool, Error> {
+    fn place(&mut self, frame: &FrameBuffer, step: u32) -> Result<bool, Error> {
         let room = self.room()?;
         let placer = self
             .placer
             .get_or_insert_with(|| Placer::new(Arc::clone(&room.memory), room.hasher.clone(), Arc::clone(&room.table)));
-        if !room.gate.is_open(self.duty.index, round) {
-            // A damaged round number must not be taken for the peer's fault, nor waited for.
-            placer.check(frame).map_err(|source| self.duty.lane.name.invalid(source))?;
-        }
-        let Some(_inside) = self.duty.enter(&room, round)? else { return self.not_wanted() };
+        let Some(_inside) = self.duty.enter(&room, step)? else { return self.not_wanted() };
         let tally = placer.place(frame).map_err(|error| match error {
             PlaceError::Wire(source) => self.duty.lane.name.invalid(source),
             PlaceError::Memory(error) => error.into(),
@@ -194,7 +188,7 @@ impl Receiver {
     fn on_message(&mut self, frame: &FrameBuffer) -> Result<bool, Error> {
         let message = Message::decode(frame).map_err(|source| self.duty.lane.name.invalid(source))?;
         match message {
-            Message::RoundEnd { round } => self.end_round(round),
+            Message::StepEnd { step } => self.end_step(step),
             message if self.duty.is_control => Ok(self.tell(LaneEvent::Message(message))),
             _ => {
                 let kind = frame.header().map_err(|source| self.duty.lane.name.invalid(source))?.kind;
@@ -203,12 +197,13 @@ impl Receiver {
         }
     }
 
-    fn end_round(&mut self, round: u32) -> Result<bool, Error> {
+    fn end_step(&mut self, step: u32) -> Result<bool, Error> {
+        let (round, _) = round_of(step);
         if round > MAX_ROUNDS {
             return Err(self.duty.misbehaved(format!("it began round {round}")));
         }
         let room = self.room()?;
-        let Some(inside) = self.duty.enter(&room, round)? else { return self.not_wanted() };
+        let Some(inside) = self.duty.enter(&room, step)? else { return self.not_wanted() };
         let tally = std::mem::take(&mut self.tally);
         let complete = room.gate.end(self.duty.index, &tally);
         // Before the driver is told: it may be waiting for this lane to be out.

@@ -1,29 +1,31 @@
-//! Sending threads: one per lane. A data lane encodes the batches it sends; the control lane sends
-//! the session's messages and, when it has been idle, a sign of life.
+//! Sending threads: one per lane. A data lane sends encoded batches; the control lane sends the session's
+//! messages and, when it has been idle, a sign of life.
 
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select_biased};
 
 use super::lane::NumberedSender;
 use super::pace::Pacer;
 use super::{Counters, source::SourceEvent};
-use crate::batch::Batch;
-use crate::encode::{EncodedBatch, Encoder, Tally};
+use crate::encode::{EncodedBatch, LevelChooser};
 use crate::error::Error;
 use crate::limits::HEARTBEAT;
 use crate::wire::Message;
 
-/// A round ends: the lane sends what batches are left, and says so.
+/// A step ends: the lane sends what batches are left, and says so.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct EndRound(pub(super) u32);
+pub(super) struct EndStep(pub(super) u32);
 
 /// What a lane that carries pages works with.
 pub(super) struct PageDuty {
-    pub(super) batches: Receiver<Batch>,
-    pub(super) orders: Receiver<EndRound>,
-    pub(super) encoder: Encoder,
+    pub(super) batches: Receiver<Box<EncodedBatch>>,
+    /// Where sent batches go back to.
+    pub(super) free: Sender<Box<EncodedBatch>>,
+    pub(super) orders: Receiver<EndStep>,
     pub(super) pacer: Arc<Pacer>,
+    pub(super) chooser: Arc<LevelChooser>,
     pub(super) events: Sender<SourceEvent>,
 }
 
@@ -34,11 +36,11 @@ pub(super) fn run_data_lane(mut lane: NumberedSender, duty: PageDuty) {
     loop {
         let result = select_biased! {
             recv(orders) -> order => match order {
-                Ok(order) => pages.end_round(&mut lane, order),
+                Ok(order) => pages.end_step(&mut lane, order),
                 Err(_) => return,
             },
             recv(batches) -> batch => match batch {
-                Ok(batch) => pages.send(&mut lane, &batch),
+                Ok(batch) => pages.send(&mut lane, batch),
                 Err(_) => return,
             },
         };
@@ -68,12 +70,12 @@ pub(super) fn run_control_lane(
                 Err(_) => return Ok(()),
             },
             recv(orders) -> order => match (order, &mut pages) {
-                (Ok(order), Some(pages)) => pages.end_round(&mut lane, order)?,
+                (Ok(order), Some(pages)) => pages.end_step(&mut lane, order)?,
                 // No pages any more; messages may still come.
                 _ => orders = crossbeam_channel::never(),
             },
             recv(batches) -> batch => match (batch, &mut pages) {
-                (Ok(batch), Some(pages)) => pages.send(&mut lane, &batch)?,
+                (Ok(batch), Some(pages)) => pages.send(&mut lane, batch)?,
                 _ => batches = crossbeam_channel::never(),
             },
             default(HEARTBEAT) => {
@@ -84,38 +86,41 @@ pub(super) fn run_control_lane(
     }
 }
 
-/// Encodes and sends batches, and keeps the tally of the open round.
+/// Sends encoded batches, and measures how the link takes them.
 struct PageSender {
     duty: PageDuty,
-    encoded: EncodedBatch,
-    tally: Tally,
+    idle_since: Instant,
 }
 
 impl PageSender {
     fn new(duty: PageDuty) -> Self {
-        Self { duty, encoded: EncodedBatch::default(), tally: Tally::default() }
+        Self { duty, idle_since: Instant::now() }
     }
 
-    fn send(&mut self, lane: &mut NumberedSender, batch: &Batch) -> Result<(), Error> {
-        self.duty.encoder.encode(batch, &mut self.encoded)?;
-        let tally = *self.encoded.tally();
+    fn send(&mut self, lane: &mut NumberedSender, mut batch: Box<EncodedBatch>) -> Result<(), Error> {
+        let began = Instant::now();
+        let tally = *batch.tally();
         self.duty.pacer.take(tally.wire_bytes);
-        lane.send_parts(&mut self.encoded.seal(lane.sequence), tally.wire_bytes)?;
-        self.tally.add(&tally);
+        lane.send_parts(&mut batch.seal(lane.sequence), tally.wire_bytes)?;
+        // There is room for all batches: this never waits.
+        let _ = self.duty.free.send(batch);
         Counters::add(&lane.counters.pages, tally.pages);
-        Counters::add(&lane.counters.zero_pages, tally.zero_pages);
+        let ended = Instant::now();
+        self.duty.chooser.sent(tally.wire_bytes, ended - began, began.saturating_duration_since(self.idle_since));
+        self.idle_since = ended;
         Ok(())
     }
 
-    /// All batches of the round are in the channel or with other lanes, which finish theirs before
-    /// they end the round too.
-    fn end_round(&mut self, lane: &mut NumberedSender, order: EndRound) -> Result<(), Error> {
+    /// All batches of the step are in the channel or with other lanes, which finish theirs before they
+    /// end the step too.
+    fn end_step(&mut self, lane: &mut NumberedSender, order: EndStep) -> Result<(), Error> {
         while let Ok(batch) = self.duty.batches.try_recv() {
-            self.send(lane, &batch)?;
+            self.send(lane, batch)?;
         }
-        lane.send_message(&Message::RoundEnd { round: order.0 })?;
-        let tally = std::mem::take(&mut self.tally);
-        let _ = self.duty.events.send(SourceEvent::LaneFlushed(tally));
+        lane.send_message(&Message::StepEnd { step: order.0 })?;
+        let _ = self.duty.events.send(SourceEvent::LaneFlushed);
+        // Until the next step there is nothing to send: that is no idleness.
+        self.idle_since = Instant::now() + Duration::from_secs(3600);
         Ok(())
     }
 }

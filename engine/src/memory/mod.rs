@@ -55,6 +55,9 @@ pub enum MemoryError {
     /// This memory cannot do what was asked.
     #[error("this memory does not support {0}")]
     Unsupported(&'static str),
+    /// The host has no memory left for the packer's tables.
+    #[error("the packer could not work: {0}")]
+    Packing(std::io::Error),
 }
 
 /// Memory of a guest, as the engine sees it. The guest may write it at any time.

@@ -85,6 +85,7 @@ impl OpenRound {
             dirty_rate: if self.stopped { 0.0 } else { (dirty_pages * page) as f64 / seconds },
             predicted_downtime: None,
             throttle: self.throttle,
+            stages: self.tally.stages,
         }
     }
 }

@@ -31,8 +31,8 @@ pub enum Kind {
     Accept = 5,
     /// A batch of pages.
     Pages = 6,
-    /// A lane has sent all it has of a round.
-    RoundEnd = 7,
+    /// A lane has sent all it has of a step.
+    StepEnd = 7,
     /// The destination has placed a whole round.
     RoundAck = 8,
     /// A piece of the machine state.
@@ -63,7 +63,7 @@ impl Kind {
         Self::Offer,
         Self::Accept,
         Self::Pages,
-        Self::RoundEnd,
+        Self::StepEnd,
         Self::RoundAck,
         Self::State,
         Self::Finish,
@@ -87,19 +87,19 @@ impl Kind {
 /// |---|---|
 /// | 0..4 | magic `PGFY` |
 /// | 4 | kind |
-/// | 5..8 | reserved, zero |
+/// | 5..8 | header check: 24 bits of xxh3-64 of bytes 0..5 and 8..24, so that no damaged length or step is believed |
 /// | 8..12 | bytes of body |
-/// | 12..16 | round (0 where it means nothing) |
+/// | 12..16 | step in `Pages` and `StepEnd` (two steps a round), round in `RoundAck`, 0 elsewhere |
 /// | 16..24 | number of the frame on its lane and direction, from 0 |
-/// | 24..32 | checksum: xxh3-64 of bytes 0..24 and the body (in `Pages`, of the literal pages' hashes instead of the pages) |
+/// | 24..32 | checksum: xxh3-64 of bytes 0..24 and the body (in `Pages`, of the head and the hashes of what the pages become, instead of the payload) |
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Header {
     /// What the body is.
     pub kind: Kind,
     /// Bytes of body.
     pub body_len: u32,
-    /// The round it belongs to.
-    pub round: u32,
+    /// The step it belongs to, or the round.
+    pub step: u32,
     /// Its number on the lane.
     pub sequence: u64,
     /// The checksum.
@@ -113,13 +113,15 @@ impl Header {
         bytes[0..4].copy_from_slice(&MAGIC.to_le_bytes());
         bytes[4] = self.kind as u8;
         bytes[8..12].copy_from_slice(&self.body_len.to_le_bytes());
-        bytes[12..16].copy_from_slice(&self.round.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.step.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.sequence.to_le_bytes());
         bytes[24..32].copy_from_slice(&self.checksum.to_le_bytes());
+        let check = header_check(&bytes);
+        bytes[5..8].copy_from_slice(&check);
         bytes
     }
 
-    /// Reads a header; checks magic, kind, reserved bytes and the body's length limit.
+    /// Reads a header; checks magic, kind, header check and the body's length limit.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let mut reader = Reader::new(bytes);
         let magic = reader.u32("header")?;
@@ -127,10 +129,9 @@ impl Header {
             return Err(WireError::Magic { found: magic });
         }
         let kind = Kind::from_byte(reader.u8("header")?)?;
-        let reserved = reader.array::<3>("header")?;
-        if reserved != [0; 3] {
-            let value = u32::from_le_bytes([reserved[0], reserved[1], reserved[2], 0]).into();
-            return Err(WireError::Value { what: "reserved header bytes", value });
+        let check = reader.array::<3>("header")?;
+        if bytes.first_chunk().map(header_check) != Some(check) {
+            return Err(WireError::Header);
         }
         let body_len = reader.u32("header")?;
         if body_len as usize > MAX_FRAME_BODY {
@@ -140,7 +141,7 @@ impl Header {
         Ok(Self {
             kind,
             body_len,
-            round: reader.u32("header")?,
+            step: reader.u32("header")?,
             sequence: reader.u64("header")?,
             checksum: reader.u64("header")?,
         })
@@ -162,6 +163,14 @@ impl Header {
         }
         Err(WireError::Checksum { kind: self.kind, sequence: self.sequence, announced: self.checksum, computed })
     }
+}
+
+fn header_check(bytes: &[u8; HEADER_LEN]) -> [u8; 3] {
+    let mut checked = [0; 21];
+    checked[..5].copy_from_slice(&bytes[..5]);
+    checked[5..].copy_from_slice(&bytes[8..24]);
+    let [a, b, c, ..] = xxhash_rust::xxh3::xxh3_64(&checked).to_le_bytes();
+    [a, b, c]
 }
 
 /// A reusable buffer that holds one received frame. Never grows past the largest frame.

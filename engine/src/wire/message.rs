@@ -125,10 +125,10 @@ pub enum Message {
     Offer(Box<Offer>),
     /// Room has been made.
     Accept,
-    /// A lane has sent all it has of a round.
-    RoundEnd {
-        /// The round.
-        round: u32,
+    /// A lane has sent all it has of a step.
+    StepEnd {
+        /// The step: two per round.
+        step: u32,
     },
     /// The destination has placed a whole round.
     RoundAck {
@@ -168,15 +168,15 @@ impl Message {
     /// The frame that carries this message.
     pub fn encode(&self, sequence: u64) -> Vec<u8> {
         let mut frame = vec![0; HEADER_LEN];
-        let mut round = 0;
-        let kind = self.encode_body(&mut Writer(&mut frame), &mut round);
-        let mut header = Header { kind, body_len: (frame.len() - HEADER_LEN) as u32, round, sequence, checksum: 0 };
+        let mut step = 0;
+        let kind = self.encode_body(&mut Writer(&mut frame), &mut step);
+        let mut header = Header { kind, body_len: (frame.len() - HEADER_LEN) as u32, step, sequence, checksum: 0 };
         header.checksum = header.checksum_with(&frame[HEADER_LEN..], |_| ());
         frame[..HEADER_LEN].copy_from_slice(&header.encode());
         frame
     }
 
-    fn encode_body(&self, out: &mut Writer<'_>, frame_round: &mut u32) -> Kind {
+    fn encode_body(&self, out: &mut Writer<'_>, header_step: &mut u32) -> Kind {
         match self {
             Self::Greeting(greeting) => {
                 greeting.encode(out);
@@ -195,12 +195,12 @@ impl Message {
                 Kind::Offer
             }
             Self::Accept => Kind::Accept,
-            Self::RoundEnd { round } => {
-                *frame_round = *round;
-                Kind::RoundEnd
+            Self::StepEnd { step } => {
+                *header_step = *step;
+                Kind::StepEnd
             }
             Self::RoundAck { round } => {
-                *frame_round = *round;
+                *header_step = *round;
                 Kind::RoundAck
             }
             Self::State(bytes) => {
@@ -252,15 +252,15 @@ impl Message {
     }
 
     fn decode_body(header: &Header, body: &mut Reader<'_>) -> Result<Self, WireError> {
-        let round = header.round;
+        let step = header.step;
         Ok(match header.kind {
             Kind::Greeting => Self::Greeting(Greeting::decode(body)?),
             Kind::Welcome => Self::Welcome { version: body.u16("version")? },
             Kind::Refuse => Self::Refuse(Refusal::decode(body)?),
             Kind::Offer => Self::Offer(Box::new(Offer::decode(body)?)),
             Kind::Accept => Self::Accept,
-            Kind::RoundEnd => Self::RoundEnd { round },
-            Kind::RoundAck => Self::RoundAck { round },
+            Kind::StepEnd => Self::StepEnd { step },
+            Kind::RoundAck => Self::RoundAck { round: step },
             Kind::State => Self::State(body.bytes("state", STATE_CHUNK)?.to_vec()),
             Kind::Finish => Self::Finish(Finish::decode(body)?),
             Kind::Prepared => Self::Prepared(Prepared::decode(body)?),
@@ -447,7 +447,7 @@ mod tests {
                 config: vec![1, 2, 3],
             })),
             Message::Accept,
-            Message::RoundEnd { round: 5 },
+            Message::StepEnd { step: 5 },
             Message::RoundAck { round: u32::MAX },
             Message::State(vec![0xFE; 1000]),
             Message::Finish(Finish { last_round: 9, digest: Digest(u128::MAX - 5), state_len: 12 }),
@@ -503,7 +503,7 @@ mod tests {
                         (state >> 60) as u8
                     })
                     .collect();
-                let mut header = Header { kind, body_len: len as u32, round: 0, sequence: 0, checksum: 0 };
+                let mut header = Header { kind, body_len: len as u32, step: 0, sequence: 0, checksum: 0 };
                 header.checksum = header.checksum_with(&body, |_| ());
                 let mut frame = header.encode().to_vec();
                 frame.extend_from_slice(&body);

@@ -11,10 +11,10 @@ pub use frame::{FrameBuffer, HEADER_LEN, Header, Kind};
 pub use message::{Finish, Greeting, GreetingRole, Message, Offer, Owner, Prepared, Refusal, SessionId};
 
 /// The lowest protocol version this build speaks.
-pub const PROTOCOL_MIN: u16 = 1;
+pub const PROTOCOL_MIN: u16 = 2;
 
 /// The highest protocol version this build speaks.
-pub const PROTOCOL_MAX: u16 = 1;
+pub const PROTOCOL_MAX: u16 = 2;
 
 /// Bytes that are no valid frame or message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -29,6 +29,9 @@ pub enum WireError {
     /// A kind of frame this version does not know.
     #[error("unknown kind of frame {0}")]
     Kind(u8),
+    /// A header that was damaged on the way.
+    #[error("a frame's header was damaged on the way")]
+    Header,
     /// A frame or field that is longer than its limit.
     #[error("{what} of {len} bytes is over the limit of {limit}")]
     TooLong {
@@ -72,6 +75,17 @@ pub enum WireError {
         expected: u64,
         /// The number in the header.
         found: u64,
+    },
+    /// A payload that cannot be unpacked.
+    #[error("the batch's payload cannot be unpacked: {0}")]
+    Payload(String),
+    /// A delta that is none.
+    #[error("the delta of {page} is not valid: {source}")]
+    Delta {
+        /// Which page.
+        page: crate::units::PageNumber,
+        /// What is wrong with it.
+        source: crate::delta::DeltaError,
     },
     /// A record of pages outside every region.
     #[error("{count} pages from {first:#x} lie outside the guest's memory")]

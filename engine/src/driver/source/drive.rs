@@ -7,21 +7,23 @@ use std::time::{Duration, Instant};
 use crossbeam_channel::{Receiver, Select, Sender, bounded};
 
 use super::super::pace::Pacer;
-use super::super::send::EndRound;
+use super::super::send::EndStep;
 use super::super::{Counters, Lent, verify};
+use super::encoders::{EncoderParts, Encoders, Pipeline};
 use super::meter::{Meter, PROGRESS};
 use super::state_writer::StateWriter;
-use super::{ControlEvent, Source, SourceEvent};
-use crate::batch::{Batch, Planner};
+use super::{ControlEvent, Encoded, Source, SourceEvent};
+use crate::batch::{Batch, Planner, round_of};
+use crate::config::SourceConfig;
 use crate::digest::{DigestKey, HashTable, PageHasher};
 use crate::dirty::{Accumulator, DirtySink, Point};
-use crate::encode::{Tally, populated_runs};
+use crate::encode::{EncodedBatch, Shared, Tally, populated_runs};
 use crate::error::{Error, Failed, Unsettled};
 use crate::host::{Control, Joiner};
-use crate::limits::{EVENT_QUEUE, FAREWELL, PLANNED_BATCHES_PER_WORKER};
+use crate::limits::{EVENT_QUEUE, FAREWELL};
 use crate::memory::GuestMemory;
 use crate::session::{Outcome, SourceAction, SourceInput, SourceSession};
-use crate::stats::{Event, Report};
+use crate::stats::{Event, Report, Stages};
 use crate::transport::{Dialer, LaneCloser};
 use crate::vm::{SourceVm, Step};
 use crate::wire::Message;
@@ -42,8 +44,11 @@ pub(super) struct Driver<'a> {
     pub(super) counters: Arc<Counters>,
     pub(super) started: Instant,
     pub(super) events: (Sender<SourceEvent>, Receiver<SourceEvent>),
-    pub(super) batches: (Sender<Batch>, Receiver<Batch>),
-    pub(super) orders: Vec<Sender<EndRound>>,
+    pub(super) config: SourceConfig,
+    pub(super) pipeline: Pipeline,
+    pub(super) encoders: Option<Encoders>,
+    pub(super) shared: Option<Arc<Shared>>,
+    pub(super) orders: Vec<Sender<EndStep>>,
     pub(super) messages: Option<Sender<Message>>,
     /// Counts control lanes, so that late words of an older one are not taken for the present one's.
     pub(super) generation: u64,
@@ -52,10 +57,27 @@ pub(super) struct Driver<'a> {
     pub(super) over: Arc<AtomicBool>,
     pub(super) planner: Option<Planner>,
     pub(super) planned: Option<Batch>,
+    pub(super) stage: Stage,
+    /// Batches that encoders have.
+    pub(super) encoding: usize,
+    /// Lanes that have not ended the open step.
     pub(super) flushing: usize,
-    pub(super) flushed: Tally,
+    pub(super) round_tally: Tally,
+    pub(super) stages: Stages,
     pub(super) meter: Meter,
     pub(super) told: Told,
+}
+
+/// How far the open step of a round is.
+#[derive(Clone, Copy, PartialEq, Eq, Default)]
+pub(super) enum Stage {
+    /// There may be more to plan.
+    #[default]
+    Planning,
+    /// All is planned, not all encoded.
+    Encoding,
+    /// The lanes were told to end the step.
+    Flushing,
 }
 
 /// What the user's wishes were when the session last heard of them.
@@ -78,7 +100,6 @@ impl<'a> Driver<'a> {
     ) -> Self {
         let memory = vm.memory();
         let layout = memory.layout().clone();
-        let workers = usize::from(source.config.lanes.max(1));
         Self {
             vm,
             dialer,
@@ -95,7 +116,10 @@ impl<'a> Driver<'a> {
             counters: Arc::default(),
             started: Instant::now(),
             events: bounded(EVENT_QUEUE),
-            batches: bounded(workers * PLANNED_BATCHES_PER_WORKER),
+            config: source.config.clone(),
+            pipeline: Pipeline::new(&source.config),
+            encoders: None,
+            shared: None,
             orders: Vec::new(),
             messages: None,
             generation: 0,
@@ -104,8 +128,11 @@ impl<'a> Driver<'a> {
             over: Arc::default(),
             planner: None,
             planned: None,
+            stage: Stage::default(),
+            encoding: 0,
             flushing: 0,
-            flushed: Tally::default(),
+            round_tally: Tally::default(),
+            stages: Stages::default(),
             meter: Meter::default(),
             told: Told::default(),
         }
@@ -141,16 +168,16 @@ impl<'a> Driver<'a> {
 
     // ---- waiting ----
 
-    /// Waits until a thread, the user or the clock has something to say, or a lane takes the
+    /// Waits until a thread, the user or the clock has something to say, or there is a buffer for the
     /// planned batch.
     pub(super) fn wait(&mut self) {
         let now = self.started.elapsed();
         let timeout = self.session.poll_timeout().map_or(PROGRESS, |at| at.saturating_sub(now).min(PROGRESS));
-        let (batches, events) = (self.batches.0.clone(), self.events.1.clone());
+        let (free, events) = (self.pipeline.free.1.clone(), self.events.1.clone());
         let mut select = Select::new();
         let event_ready = select.recv(&events);
         let doorbell = select.recv(self.control.doorbell());
-        let lane_ready = self.planned.is_some().then(|| select.send(&batches));
+        let buffer_free = self.planned.is_some().then(|| select.recv(&free));
         let Ok(ready) = select.select_timeout(timeout) else { return };
         match ready.index() {
             index if index == event_ready => {
@@ -159,10 +186,9 @@ impl<'a> Driver<'a> {
                 }
             }
             index if index == doorbell => drop(ready.recv(self.control.doorbell())),
-            index if Some(index) == lane_ready => {
-                if let Some(batch) = self.planned.take() {
-                    // This side holds a receiver: the channel is never closed.
-                    let _ = ready.send(&batches, batch);
+            index if Some(index) == buffer_free => {
+                if let Ok(buffer) = ready.recv(&free) {
+                    self.encode(buffer);
                 }
             }
             _ => {}
@@ -180,10 +206,10 @@ impl<'a> Driver<'a> {
             SourceEvent::Control(_, ControlEvent::Message(message)) => self.tell(SourceInput::Message(message)),
             SourceEvent::Control(_, ControlEvent::Broken(error)) => self.tell(SourceInput::LinkLost(error)),
             SourceEvent::Control(_, ControlEvent::Sent) => {}
-            // What is wrong with our own memory is no lane's fault.
-            SourceEvent::DataLaneBroken(error @ Error::Memory(_)) => self.tell(SourceInput::Failed(error)),
             SourceEvent::DataLaneBroken(error) => self.tell(SourceInput::DataLaneLost(error)),
-            SourceEvent::LaneFlushed(tally) => self.on_flushed(&tally),
+            SourceEvent::LaneFlushed => self.on_flushed(),
+            SourceEvent::Encoded(encoded) => self.on_encoded(&encoded),
+            SourceEvent::EncodingFailed(error) => self.tell(SourceInput::Failed(error)),
             SourceEvent::Hashed(Ok(digest)) => self.tell(SourceInput::FullDigest(digest)),
             SourceEvent::Panicked(role) => {
                 self.tell(SourceInput::Failed(Error::Bug(format!("the {role:?} thread panicked"))));
@@ -223,6 +249,8 @@ impl<'a> Driver<'a> {
             SourceAction::StartTracking => self.start_tracking(),
             SourceAction::SendRound(round) => {
                 self.planner = Some(Planner::new(round));
+                self.stage = Stage::Planning;
+                self.round_tally = Tally::default();
                 self.meter.begin_round(round, self.dirty.dirty_pages(), &self.counters);
                 self.plan();
             }
@@ -277,21 +305,51 @@ impl<'a> Driver<'a> {
     pub(super) fn start_tracking(&mut self) {
         let layout = self.memory.layout().clone();
         let begun = self.vm.step(Step::Begin).and_then(|()| self.vm.dirty().start(&layout));
-        let result = begun.map(|()| {
+        let marked = begun.map(|()| {
             // After tracking has started: what is touched from now on is reported.
             for run in populated_runs(&*self.memory, u64::MAX) {
                 if let Some((region, first)) = layout.locate_run(run) {
                     self.dirty.mark_range(region, first..first + run.count);
                 }
             }
-            SourceInput::Tracking { dirty_pages: self.dirty.dirty_pages() }
         });
-        self.tell_result("start dirty tracking", result);
+        let dirty_pages = self.dirty.dirty_pages();
+        let started = marked.is_err() || self.start_encoders(dirty_pages);
+        if started {
+            self.tell_result("start dirty tracking", marked.map(|()| SourceInput::Tracking { dirty_pages }));
+        }
+    }
+
+    /// Starts the encoders of a guest with so many pages of content; `false` if that failed and was told.
+    fn start_encoders(&mut self, pages: u64) -> bool {
+        let shared = Arc::new(Shared::new(Arc::clone(&self.table), pages, &self.config.encode));
+        let parts = EncoderParts {
+            memory: Arc::clone(&self.memory),
+            hasher: self.hasher.clone(),
+            shared: Arc::clone(&shared),
+            counters: Arc::clone(&self.counters),
+            events: self.events.0.clone(),
+            over: Arc::clone(&self.over),
+        };
+        match Encoders::start(&self.config, &self.lent, &self.pipeline, parts) {
+            Ok((encoders, threads)) => {
+                self.threads.extend(threads);
+                (self.encoders, self.shared) = (Some(encoders), Some(shared));
+                true
+            }
+            Err(error) => {
+                self.tell(SourceInput::Failed(error));
+                false
+            }
+        }
     }
 
     pub(super) fn harvest(&mut self, point: Point) {
         let result = self.vm.dirty().harvest(point, &mut self.dirty);
         let dirty_pages = self.dirty.dirty_pages();
+        if let Some(shared) = &self.shared {
+            shared.bases.note_dirty(|page| self.dirty.dirty().contains(page));
+        }
         self.tell_result("report dirty pages", result.map(|()| SourceInput::Harvested { dirty_pages }));
     }
 
@@ -309,17 +367,20 @@ impl<'a> Driver<'a> {
 
     // ---- planning ----
 
-    /// Keeps one batch planned while a round is open.
+    /// Keeps one batch planned while a step is open.
     pub(super) fn plan(&mut self) {
         let Some(planner) = &mut self.planner else { return };
-        if self.planned.is_some() {
+        if self.planned.is_some() || self.stage != Stage::Planning {
             return;
         }
         let tracker = self.vm.dirty();
         let mut rearm = |region, first, words: &[u64]| tracker.rearm(region, first, words);
         match planner.next_batch(&mut self.dirty, &mut rearm) {
             Ok(Some(batch)) => self.planned = Some(batch),
-            Ok(None) => self.end_planning(),
+            Ok(None) => {
+                self.stage = Stage::Encoding;
+                self.end_step_if_encoded();
+            }
             Err(source) => {
                 self.planner = None;
                 self.tell(SourceInput::Failed(Error::Vm { what: "re-arm dirty tracking", source }));
@@ -327,33 +388,66 @@ impl<'a> Driver<'a> {
         }
     }
 
-    pub(super) fn end_planning(&mut self) {
-        self.planner = None;
-        let round = self.session.round();
-        self.flushing = self.orders.len();
-        self.flushed = Tally::default();
-        for lane in &self.orders {
-            let _ = lane.send(EndRound(round));
+    fn encode(&mut self, buffer: Box<EncodedBatch>) {
+        let Some(batch) = self.planned.take() else { return };
+        let Some(encoders) = &self.encoders else {
+            return self.tell(SourceInput::Failed(Error::Bug("a batch before there were encoders".to_owned())));
+        };
+        self.encoding += 1;
+        encoders.encode(batch, buffer);
+    }
+
+    fn on_encoded(&mut self, encoded: &Encoded) {
+        self.encoding = self.encoding.saturating_sub(1);
+        self.round_tally.add(&encoded.tally);
+        self.stages.add(&encoded.tally.stages);
+        if let Some(planner) = &mut self.planner {
+            planner.defer(self.dirty.layout(), &encoded.deferred);
         }
-        self.tell(SourceInput::RoundQueued);
+        self.end_step_if_encoded();
+    }
+
+    /// Once all batches of a step are with the lanes, the lanes are told that these were all.
+    fn end_step_if_encoded(&mut self) {
+        let Some(planner) = &self.planner else { return };
+        if self.stage != Stage::Encoding || self.encoding > 0 {
+            return;
+        }
+        let step = planner.step();
+        self.stage = Stage::Flushing;
+        self.flushing = self.orders.len();
+        for lane in &self.orders {
+            let _ = lane.send(EndStep(step));
+        }
+        if !round_of(step).1 {
+            self.tell(SourceInput::RoundQueued);
+        }
     }
 
     pub(super) fn abandon_round(&mut self) {
-        if self.planner.is_none() {
+        let Some(planner) = &mut self.planner else { return };
+        if round_of(planner.step()).1 || self.stage != Stage::Planning {
             return;
         }
-        let waiting: Vec<Batch> = self.planned.take().into_iter().chain(self.batches.1.try_iter()).collect();
-        for run in waiting.into_iter().flat_map(|batch| batch.runs) {
+        planner.abandon();
+        for run in self.planned.take().into_iter().flat_map(|batch| batch.runs) {
             self.dirty.give_back(run);
         }
-        self.end_planning();
     }
 
-    pub(super) fn on_flushed(&mut self, tally: &Tally) {
-        self.flushed.add(tally);
+    /// The duplicates follow when every lane has sent what they refer to; then the round is over.
+    pub(super) fn on_flushed(&mut self) {
         self.flushing = self.flushing.saturating_sub(1);
-        if self.flushing == 0 {
-            self.tell(SourceInput::RoundFlushed(self.flushed));
+        let Some(planner) = &mut self.planner else { return };
+        if self.flushing > 0 || self.stage != Stage::Flushing {
+            return;
+        }
+        if planner.begin_copies() {
+            self.stage = Stage::Planning;
+            self.plan();
+        } else {
+            self.planner = None;
+            self.tell(SourceInput::RoundFlushed(self.round_tally));
         }
     }
 
@@ -373,8 +467,9 @@ impl<'a> Driver<'a> {
         let (outcome, mut report) = self.session.into_parts();
         report.total = total;
         report.wire_bytes = Counters::read(&self.counters.wire_bytes);
-        report.pages_zero = Counters::read(&self.counters.zero_pages);
-        report.pages_sent = Counters::read(&self.counters.pages) - report.pages_zero;
+        report.stages = self.stages;
+        report.pages_zero = self.stages.zero_pages;
+        report.pages_sent = self.stages.pages() - self.stages.zero_pages - self.stages.unchanged_pages;
         report.session = Some(self.unsettled.session);
         let unsettled = self.unsettled;
         let boxed = |report| Box::new(report);
@@ -409,6 +504,7 @@ impl<'a> Driver<'a> {
         }
         // A thread that waits to be heard must not wait for ever.
         self.events = bounded(0);
+        self.encoders = None;
         for thread in self.threads.drain(..) {
             thread.join();
         }

@@ -11,7 +11,6 @@ use super::super::lane::{LaneName, NumberedReceiver, NumberedSender};
 use super::super::send::{PageDuty, run_control_lane, run_data_lane};
 use super::drive::Driver;
 use super::{ControlEvent, SourceEvent};
-use crate::encode::Encoder;
 use crate::error::Error;
 use crate::host::ThreadRole;
 use crate::session::SourceInput;
@@ -95,10 +94,11 @@ impl Driver<'_> {
         let (orders, inbox) = unbounded();
         self.orders.push(orders);
         PageDuty {
-            batches: self.batches.1.clone(),
+            batches: self.pipeline.ready.1.clone(),
+            free: self.pipeline.free.0.clone(),
             orders: inbox,
-            encoder: Encoder::new(Arc::clone(&self.memory), self.hasher.clone(), Arc::clone(&self.table)),
             pacer: Arc::clone(&self.pacer),
+            chooser: Arc::clone(&self.pipeline.chooser),
             events: self.events.0.clone(),
         }
     }

@@ -1,6 +1,7 @@
 //! The source's driver: the entry points, and what its threads tell it.
 
 mod drive;
+mod encoders;
 mod lanes;
 mod meter;
 mod state_writer;
@@ -22,6 +23,7 @@ use crate::memory::MemoryError;
 use crate::session::{SourceSession, SourceSetup};
 use crate::stats::Report;
 use crate::transport::{Dialer, LaneHalves, TransportError};
+use crate::units::PageRun;
 use crate::vm::SourceVm;
 use crate::wire::{Message, SessionId};
 use drive::Driver;
@@ -179,7 +181,19 @@ pub(super) enum SourceEvent {
     /// From the control lane of this generation; of an older one it means nothing any more.
     Control(u64, ControlEvent),
     DataLaneBroken(Error),
-    LaneFlushed(Tally),
+    /// A lane has sent all it has of the open step.
+    LaneFlushed,
+    /// A batch was encoded, and has gone to the lanes unless nothing of it needs to be sent.
+    Encoded(Encoded),
+    EncodingFailed(Error),
     Hashed(Result<Digest, MemoryError>),
     Panicked(ThreadRole),
+}
+
+/// What became of a batch.
+#[derive(Default)]
+pub(super) struct Encoded {
+    pub(super) tally: Tally,
+    /// Pages put off to the round's second step.
+    pub(super) deferred: Vec<PageRun>,
 }

@@ -42,7 +42,7 @@ pub(crate) fn frame(sequence: u64, body: &[u8]) -> Vec<u8> {
 }
 
 pub(crate) fn header(sequence: u64, body_len: usize) -> [u8; HEADER_LEN] {
-    Header { kind: Kind::State, body_len: body_len as u32, round: 0, sequence, checksum: 0 }.encode()
+    Header { kind: Kind::State, body_len: body_len as u32, step: 0, sequence, checksum: 0 }.encode()
 }
 
 pub(crate) fn send(sender: &mut Box<dyn LaneSender>, sequence: u64, body: &[u8]) -> io::Result<()> {

@@ -1,0 +1,384 @@
+//! How hard to pack: measured, decided per batch, changed in flight.
+//!
+//! A byte of payload takes `max((scan + pack) / encoders, ratio * link)`: it is encoded while others are
+//! sent, so the slower of the two counts. `scan` and `pack` are the encoders' time per byte, `ratio` what
+//! packing leaves of it, `link` the lanes' time per byte sent. The level with the least of that wins: raw
+//! where the link outruns the encoders, stronger the slower the link is.
+//!
+//! The lanes' time per byte says something about the link only while they have no lack of batches. What a
+//! level would bring is learned by using it, and by packing a batch now and then at a neighbouring level
+//! as well.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::Level;
+use crate::config::Compress;
+
+/// The levels that `auto` chooses from, with what is assumed of them until they were measured:
+/// nanoseconds per byte, and bytes out relative to level 1. On guest-like pages, one core of a server.
+const LADDER: [(Level, f64, f64); 8] = [
+    (Level::Raw, 0.0, f64::NAN),
+    (Level::Zstd(-5), 1.8, 1.2),
+    (Level::Zstd(1), 2.7, 1.0),
+    (Level::Zstd(3), 4.5, 0.96),
+    (Level::Zstd(6), 12.0, 0.93),
+    (Level::Zstd(9), 20.0, 0.92),
+    (Level::Zstd(12), 50.0, 0.915),
+    (Level::Zstd(15), 100.0, 0.91),
+];
+
+/// The rung that others are measured against.
+const REFERENCE: usize = 2;
+
+/// Time per byte to scan, and to send, until they were measured.
+const SCAN_NS: f64 = 0.2;
+const LINK_NS: f64 = 0.5;
+
+/// Weight of a new measurement, for half a megabyte.
+const WEIGHT: f64 = 0.25;
+
+/// Lanes that are busy for this share of the time are what the migration waits for.
+const SATURATED: f64 = 0.85;
+
+/// How much faster the link is taken to be after each batch that did not have to wait for it.
+const LINK_DRIFT: f64 = 0.99;
+
+/// A level must be better by this to replace the present one; and of two that differ by less the
+/// cheaper is taken.
+const WORTH: f64 = 0.98;
+
+/// Batches between two trials, at least and at most.
+const TRIAL_EVERY: (u32, u32) = (12, 192);
+
+/// A trial may take so many times the time that a batch takes anyway.
+const TRIAL_COST: f64 = 4.0;
+
+/// The best that packing is hoped to leave of a payload when nothing is known.
+const HOPE: f64 = 0.25;
+
+/// How a batch is to be encoded.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+pub struct Choice {
+    /// How hard to pack.
+    pub level: Level,
+    /// Whether pages that are sent for the first time may enter the cache of delta bases: it costs a
+    /// copy, which pays only if the round takes long enough for the guest to write them again.
+    pub admits: bool,
+    /// A level to try on the same payload.
+    pub trial: Option<Level>,
+}
+
+/// What a trial has brought.
+#[derive(Clone, Copy, Debug)]
+pub struct Trial {
+    /// The level tried.
+    pub level: Level,
+    /// Bytes that came out.
+    pub packed: usize,
+    /// Time it took.
+    pub time: Duration,
+}
+
+/// Chooses the level of every batch.
+#[derive(Debug)]
+pub struct LevelChooser {
+    fixed: Option<Level>,
+    encoders: f64,
+    lanes: f64,
+    state: Mutex<State>,
+}
+
+#[derive(Debug)]
+struct State {
+    rung: usize,
+    scan_ns: f64,
+    /// Bytes out per byte in at the reference level.
+    ratio: f64,
+    pack_ns: [f64; LADDER.len()],
+    relative: [f64; LADDER.len()],
+    link_ns: f64,
+    busy: f64,
+    idle: f64,
+    until_trial: u32,
+    trial_every: u32,
+    trial_up: bool,
+}
+
+impl LevelChooser {
+    /// A chooser for so many encoder threads and lanes.
+    pub fn new(compress: Compress, encoders: u16, lanes: u16) -> Self {
+        let fixed = match compress {
+            Compress::Auto => None,
+            Compress::Off => Some(Level::Raw),
+            Compress::Level(level) => Some(Level::Zstd(level.clamp(super::MIN_LEVEL, super::MAX_LEVEL))),
+        };
+        let state = State {
+            rung: 0,
+            scan_ns: SCAN_NS,
+            ratio: 0.5,
+            pack_ns: LADDER.map(|(_, ns, _)| ns),
+            relative: LADDER.map(|(_, _, relative)| relative),
+            link_ns: LINK_NS,
+            busy: 0.0,
+            idle: 0.0,
+            until_trial: 0,
+            trial_every: TRIAL_EVERY.0,
+            trial_up: true,
+        };
+        Self { fixed, encoders: encoders.max(1).into(), lanes: lanes.max(1).into(), state: Mutex::new(state) }
+    }
+
+    /// How the next batch is to be encoded.
+    pub fn choose(&self) -> Choice {
+        let mut state = self.lock();
+        let admits = state.is_saturated() && state.link_ns / self.lanes > state.scan_ns / self.encoders * 2.0;
+        if let Some(level) = self.fixed {
+            return Choice { level, admits, trial: None };
+        }
+        state.settle(self.encoders, self.lanes);
+        let trial = state.trial(self.encoders, self.lanes);
+        Choice { level: LADDER[state.rung].0, admits, trial: trial.map(|rung| LADDER[rung].0) }
+    }
+
+    /// A batch was encoded: its payload, what came out, and what scanning and packing took.
+    pub fn encoded(&self, level: Level, raw: usize, packed: usize, scan: Duration, pack: Duration) {
+        let mut state = self.lock();
+        if raw < super::pack::TELLING {
+            return;
+        }
+        let weight = weight(raw);
+        blend(&mut state.scan_ns, per_byte(scan, raw), weight);
+        if let Some(rung) = rung_of(level).filter(|rung| *rung > 0) {
+            blend(&mut state.pack_ns[rung], per_byte(pack, raw), weight);
+            let relative = state.relative[rung];
+            blend(&mut state.ratio, packed as f64 / raw as f64 / relative, weight);
+        }
+    }
+
+    /// A payload was packed at another level too.
+    pub fn tried(&self, level: Level, raw: usize, packed: usize, trial: Trial) {
+        let mut state = self.lock();
+        let Some(rung) = rung_of(trial.level).filter(|rung| *rung > 0 && raw > 0) else { return };
+        let tried = trial.packed as f64 / raw as f64;
+        // A trial is rare: it counts for more than one of many batches.
+        blend(&mut state.pack_ns[rung], per_byte(trial.time, raw), 0.5);
+        match rung_of(level).filter(|rung| *rung > 0) {
+            Some(present) if packed > 0 => {
+                let relative = state.relative[present] * trial.packed as f64 / packed as f64;
+                blend(&mut state.relative[rung], relative, 0.5);
+            }
+            _ => {
+                let relative = state.relative[rung];
+                blend(&mut state.ratio, tried / relative, 0.5);
+            }
+        }
+    }
+
+    /// A lane has sent so many bytes, in the time `busy`, after it had waited for them for `idle`.
+    pub fn sent(&self, bytes: u64, busy: Duration, idle: Duration) {
+        let mut state = self.lock();
+        let (busy, idle) = (busy.as_secs_f64(), idle.as_secs_f64());
+        // The last quarter of a second or so, whatever the size of frames.
+        let fade = (-(busy + idle) / 0.25).exp();
+        state.busy = state.busy * fade + busy;
+        state.idle = state.idle * fade + idle;
+        if bytes < 4096 {
+            return;
+        }
+        let ns = busy * 1e9 / bytes as f64;
+        if state.is_saturated() {
+            blend(&mut state.link_ns, ns, weight(bytes as usize * 2));
+        } else {
+            state.link_ns = (state.link_ns * LINK_DRIFT).max(ns.min(state.link_ns));
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn is_saturated(&self) -> bool {
+        self.busy > SATURATED * (self.busy + self.idle)
+    }
+
+    fn ratio_at(&self, rung: usize) -> f64 {
+        if rung == 0 { 1.0 } else { (self.ratio * self.relative[rung]).min(1.0) }
+    }
+
+    fn encode_time(&self, rung: usize, encoders: f64) -> f64 {
+        (self.scan_ns + self.pack_ns[rung]) / encoders
+    }
+
+    fn time(&self, rung: usize, encoders: f64, lanes: f64) -> f64 {
+        self.encode_time(rung, encoders).max(self.ratio_at(rung) * self.link_ns / lanes)
+    }
+
+    /// Goes to the rung that takes the least time, the cheapest of those that hardly differ.
+    fn settle(&mut self, encoders: f64, lanes: f64) {
+        let times: [f64; LADDER.len()] = std::array::from_fn(|rung| self.time(rung, encoders, lanes));
+        let least = times.iter().copied().fold(f64::INFINITY, f64::min);
+        let present = times[self.rung];
+        if least < present * WORTH || self.rung > 0 {
+            let best = times.iter().position(|&time| time * WORTH <= least).unwrap_or(self.rung);
+            // Downwards at once: it costs nothing. Upwards only for a gain.
+            if best != self.rung && (best < self.rung || times[best] < present * WORTH) {
+                self.rung = best;
+                self.trial_every = TRIAL_EVERY.0;
+                self.until_trial = self.until_trial.min(TRIAL_EVERY.0);
+            }
+        }
+    }
+
+    /// A neighbouring rung, if it is time to look at one and it could be better.
+    fn trial(&mut self, encoders: f64, lanes: f64) -> Option<usize> {
+        self.until_trial = self.until_trial.saturating_sub(1);
+        if self.until_trial > 0 {
+            return None;
+        }
+        self.until_trial = self.trial_every;
+        self.trial_every = (self.trial_every * 2).min(TRIAL_EVERY.1);
+        self.trial_up = !self.trial_up;
+        let rung = match self.rung {
+            0 => REFERENCE,
+            rung if self.trial_up => rung + 1,
+            rung => rung - 1,
+        };
+        let present = self.time(self.rung, encoders, lanes);
+        let could_win = self.encode_time(rung, encoders).max(HOPE * self.link_ns / lanes) < present;
+        let affordable = rung < LADDER.len() && rung > 0 && self.encode_time(rung, encoders) < present * TRIAL_COST;
+        (affordable && could_win).then_some(rung)
+    }
+}
+
+fn rung_of(level: Level) -> Option<usize> {
+    LADDER.iter().position(|(rung, _, _)| *rung == level)
+}
+
+fn per_byte(time: Duration, bytes: usize) -> f64 {
+    time.as_nanos() as f64 / bytes as f64
+}
+
+/// Small batches say less.
+fn weight(bytes: usize) -> f64 {
+    WEIGHT * (bytes as f64 / f64::from(512 << 10)).min(1.0)
+}
+
+fn blend(value: &mut f64, new: f64, weight: f64) {
+    *value += (new - *value) * weight;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BATCH: usize = 512 << 10;
+
+    /// A link and an encoder as the chooser sees them, batch by batch; returns the levels used.
+    struct World {
+        chooser: LevelChooser,
+        link_ns: f64,
+        /// Of level 1.
+        ratio: f64,
+        encoder_free: f64,
+        link_free: f64,
+    }
+
+    impl World {
+        fn new(link_ns: f64, ratio: f64) -> Self {
+            let chooser = LevelChooser::new(Compress::Auto, 1, 1);
+            Self { chooser, link_ns, ratio, encoder_free: 0.0, link_free: 0.0 }
+        }
+
+        fn costs(level: Level) -> (f64, f64) {
+            // Other figures than the chooser assumes.
+            match level {
+                Level::Raw => (0.0, f64::NAN),
+                Level::Zstd(-5) => (2.4, 1.15),
+                Level::Zstd(1) => (3.1, 1.0),
+                Level::Zstd(3) => (5.0, 0.94),
+                Level::Zstd(6) => (14.0, 0.90),
+                Level::Zstd(9) => (25.0, 0.89),
+                Level::Zstd(_) => (90.0, 0.885),
+            }
+        }
+
+        fn batch(&mut self) -> Level {
+            let choice = self.chooser.choose();
+            let outcome = |level: Level| {
+                let (ns, relative) = Self::costs(level);
+                let ratio = if level == Level::Raw { 1.0 } else { (self.ratio * relative).min(1.0) };
+                (ns * BATCH as f64, (BATCH as f64 * ratio) as usize)
+            };
+            let (pack, packed) = outcome(choice.level);
+            let scan = 0.25 * BATCH as f64;
+            // At most four batches wait.
+            let begin = self.encoder_free.max(self.link_free - 4.0 * BATCH as f64 * self.link_ns * self.ratio);
+            self.encoder_free = begin + scan + pack;
+            let ns = |ns: f64| Duration::from_nanos(ns as u64);
+            self.chooser.encoded(choice.level, BATCH, packed, ns(scan), ns(pack));
+            if let Some(level) = choice.trial {
+                let (time, tried) = outcome(level);
+                self.encoder_free += time;
+                self.chooser.tried(choice.level, BATCH, packed, Trial { level, packed: tried, time: ns(time) });
+            }
+            let idle = (self.encoder_free - self.link_free).max(0.0);
+            let busy = packed as f64 * self.link_ns;
+            self.link_free = self.link_free.max(self.encoder_free) + busy;
+            self.chooser.sent(packed as u64, ns(busy), ns(idle));
+            choice.level
+        }
+
+        fn run(&mut self, batches: usize) -> f64 {
+            let began = self.link_free;
+            for _ in 0..batches {
+                self.batch();
+            }
+            (self.link_free - began) / batches as f64
+        }
+
+        /// Time per batch with one level throughout.
+        fn fixed(&self, level: Level) -> f64 {
+            let (ns, relative) = Self::costs(level);
+            let ratio = if level == Level::Raw { 1.0 } else { (self.ratio * relative).min(1.0) };
+            BATCH as f64 * (0.25 + ns).max(ratio * self.link_ns)
+        }
+    }
+
+    #[test]
+    fn the_chosen_level_is_nearly_as_good_as_the_best_fixed_one_on_any_link() {
+        for (link_ns, ratio) in
+            [(0.3, 0.4), (1.0, 0.4), (8.0, 0.45), (8.0, 1.0), (83.0, 0.4), (83.0, 0.7), (166.0, 0.5), (83.0, 1.0)]
+        {
+            let mut world = World::new(link_ns, ratio);
+            let time = world.run(400);
+            let best = LADDER.iter().map(|(level, _, _)| world.fixed(*level)).fold(f64::INFINITY, f64::min);
+            assert!(time < best * 1.08, "link {link_ns} ns/B, ratio {ratio}: {} of the best", time / best);
+            assert!(time < world.fixed(Level::Raw) * 1.03, "link {link_ns} ns/B, ratio {ratio}");
+        }
+    }
+
+    #[test]
+    fn it_follows_a_link_that_changes_and_content_that_changes() {
+        let mut world = World::new(8.0, 0.4);
+        world.run(200);
+        assert!(world.batch() > Level::Zstd(-5));
+        world.link_ns = 0.3;
+        world.run(600);
+        assert_eq!(world.batch(), Level::Raw);
+        (world.link_ns, world.ratio) = (83.0, 1.0);
+        world.run(200);
+        world.ratio = 0.4;
+        world.run(200);
+        assert!(world.batch() >= Level::Zstd(6));
+    }
+
+    #[test]
+    fn a_fixed_choice_stays() {
+        let chooser = LevelChooser::new(Compress::Level(99), 1, 1);
+        assert_eq!(chooser.choose().level, Level::Zstd(super::super::MAX_LEVEL));
+        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose().level, Level::Raw);
+    }
+}
