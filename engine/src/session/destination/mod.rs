@@ -207,7 +207,8 @@ impl DestinationSession {
                 self.expect_lanes(now);
                 self.act(DestinationAction::Adopt(lane, greeting.role));
             }
-            GreetingRole::Settle if known => self.on_settle(now, lane),
+            // Who has offered nothing has nothing to settle.
+            GreetingRole::Settle if known && self.phase != Phase::AwaitOffer => self.on_settle(now, lane),
             GreetingRole::Data(_) | GreetingRole::Settle => self.act(DestinationAction::Drop(lane)),
         }
     }
