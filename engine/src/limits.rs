@@ -99,7 +99,8 @@ pub const SETTLE_RETRY: Duration = Duration::from_millis(500);
 /// makes room, loads state, or a very slow link is busy with one frame.
 pub const WORK_FACTOR: u32 = 6;
 
-/// How long after a data lane's end the control lane may still tell the reason.
+/// How long after a lane's end, or that of the control lane's sending half, the control lane may still
+/// tell the reason.
 pub const REASON_GRACE: Duration = Duration::from_millis(250);
 
 /// How long the last message of a migration may take to leave before the lanes are closed.

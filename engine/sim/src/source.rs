@@ -51,7 +51,9 @@ enum Heard {
 #[derive(Debug)]
 enum ControlHeard {
     Message(Message),
+    /// The receiving half has ended; nothing follows.
     Broken(Error),
+    SendFailed(Error),
     Sent,
 }
 
@@ -339,6 +341,9 @@ impl SourceHost {
             Heard::DialFailed(error) | Heard::Control(_, ControlHeard::Broken(error)) => {
                 self.tell(ctx, SourceInput::LinkLost(error));
             }
+            Heard::Control(_, ControlHeard::SendFailed(error)) => {
+                self.tell(ctx, SourceInput::ControlSendFailed(error));
+            }
             Heard::Control(_, ControlHeard::Sent) => {}
             Heard::DataLaneBroken(error) => self.tell(ctx, SourceInput::DataLaneLost(error)),
             Heard::LaneFlushed(tally) => self.on_flushed(ctx, &tally),
@@ -407,8 +412,9 @@ impl SourceHost {
 
     fn hear_farewell(&mut self, ctx: &mut Context) {
         while let Some(heard) = self.inbox.pop_front() {
-            let Heard::Control(lane, ControlHeard::Sent | ControlHeard::Broken(_)) = heard else { continue };
-            if Some(lane) == self.control_lane() {
+            let Heard::Control(lane, heard) = heard else { continue };
+            let ended = matches!(heard, ControlHeard::Sent | ControlHeard::SendFailed(_) | ControlHeard::Broken(_));
+            if ended && Some(lane) == self.control_lane() {
                 return self.close(ctx);
             }
         }

@@ -138,7 +138,7 @@ impl SourceHost {
         let heard = match (said, control) {
             (Some(Said::Flushed(tally)), _) => Heard::LaneFlushed(tally),
             (Some(Said::AllSent), Some(lane)) => Heard::Control(lane, ControlHeard::Sent),
-            (Some(Said::Broken(error)), Some(lane)) => Heard::Control(lane, ControlHeard::Broken(error)),
+            (Some(Said::Broken(error)), Some(lane)) => Heard::Control(lane, ControlHeard::SendFailed(error)),
             (Some(Said::Broken(error)), None) => Heard::DataLaneBroken(error),
             _ => return,
         };

@@ -205,6 +205,14 @@ impl<'a> Driver<'a> {
             SourceEvent::Control(generation, _) if generation != self.generation => {}
             SourceEvent::Control(_, ControlEvent::Message(message)) => self.tell(SourceInput::Message(message)),
             SourceEvent::Control(_, ControlEvent::Broken(error)) => self.tell(SourceInput::LinkLost(error)),
+            SourceEvent::Control(_, ControlEvent::SendFailed(error)) => {
+                // Nobody is left to wait for.
+                self.messages = None;
+                self.tell(match error {
+                    Error::Memory(_) => SourceInput::Failed(error),
+                    error => SourceInput::ControlSendFailed(error),
+                });
+            }
             SourceEvent::Control(_, ControlEvent::Sent) => {}
             SourceEvent::DataLaneBroken(error) => self.tell(SourceInput::DataLaneLost(error)),
             SourceEvent::LaneFlushed => self.on_flushed(),
@@ -493,8 +501,9 @@ impl<'a> Driver<'a> {
         if self.messages.take().is_some() {
             let deadline = Instant::now() + FAREWELL;
             while let Ok(event) = self.events.1.recv_deadline(deadline) {
-                let ended = matches!(event, SourceEvent::Control(generation, ControlEvent::Sent | ControlEvent::Broken(_)) if generation == self.generation);
-                if ended {
+                let SourceEvent::Control(generation, event) = event else { continue };
+                let ended = matches!(event, ControlEvent::Sent | ControlEvent::SendFailed(_) | ControlEvent::Broken(_));
+                if ended && generation == self.generation {
                     break;
                 }
             }

@@ -80,8 +80,10 @@ pub enum SourceInput {
     StepDone,
     /// The last action failed. The control lane may be sound.
     Failed(Error),
-    /// The control lane broke.
+    /// The control lane broke, and all that came on it was delivered.
     LinkLost(Error),
+    /// The control lane takes nothing any more; `LinkLost` follows when all that came on it was delivered.
+    ControlSendFailed(Error),
     /// A data lane broke.
     DataLaneLost(Error),
     /// The VMM cannot throttle.
@@ -101,7 +103,7 @@ pub enum SourceAction {
     Dial,
     /// Open a fresh control lane to ask who owns the guest; answer `Dialled` or `LinkLost`.
     DialSettle,
-    /// Send a message on the control lane. A failure comes as `LinkLost`.
+    /// Send a message on the control lane. A failure comes as `ControlSendFailed`.
     Send(Message),
     /// Open data lanes; answer `LanesOpen` or `LinkLost`.
     OpenLanes(u16),

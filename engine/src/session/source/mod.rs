@@ -43,6 +43,8 @@ enum State {
     HandingOver,
     AwaitRunning,
     Settling,
+    /// The migration has failed, and the peer may have said why.
+    AwaitReason,
     Ended,
 }
 
@@ -78,7 +80,7 @@ pub struct SourceSession {
     settle_since: Duration,
     settle_retry_at: Duration,
     settle_error: Option<Error>,
-    /// A data lane's end, and until when the control lane may still tell the reason.
+    /// What broke first, and until when the control lane may still tell the reason.
     lane_loss: Option<(Error, Duration)>,
     /// Only here to ask about an earlier migration.
     asking: bool,
@@ -200,6 +202,7 @@ impl SourceSession {
             SourceInput::Tick => {}
             SourceInput::Failed(error) => self.fail(now, error),
             SourceInput::LinkLost(error) => self.lose_link(now, error),
+            SourceInput::ControlSendFailed(error) => self.lose_sending_half(now, error),
             SourceInput::DataLaneLost(error) => self.lose_data_lane(now, error),
             SourceInput::Cancel => self.cancel(now),
             SourceInput::SwitchOverNow => self.force_switch(),
