@@ -72,7 +72,7 @@ fn source_answers(action: SourceAction) -> Vec<SourceInput> {
         SourceAction::Send(Message::Finish(_)) => vec![SourceInput::Message(prepared)],
         SourceAction::OpenLanes(_) => vec![SourceInput::LanesOpen],
         SourceAction::StartTracking => vec![SourceInput::Tracking { dirty_pages: 0 }],
-        SourceAction::SendRound(round) => vec![
+        SourceAction::SendRound { round, .. } => vec![
             SourceInput::RoundQueued,
             SourceInput::RoundFlushed(Tally::default()),
             SourceInput::Message(Message::RoundAck { round }),
@@ -137,7 +137,7 @@ fn a_source_waits_no_longer_for_a_reason_than_it_can_come() {
 
 #[test]
 fn a_source_whose_lane_takes_nothing_any_more_goes_no_further() {
-    let mut session = source_until(|action| matches!(action, SourceAction::SendRound(_)));
+    let mut session = source_until(|action| matches!(action, SourceAction::SendRound { .. }));
     session.handle(NOW, SourceInput::ControlSendFailed(broken_pipe()));
     for input in [
         SourceInput::RoundQueued,

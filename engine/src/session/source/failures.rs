@@ -5,8 +5,9 @@ use std::time::Duration;
 use super::super::Outcome;
 use super::{SourceAction, SourceInput, SourceSession, State};
 use crate::config::OnTimeout;
+use crate::dirty::Point;
 use crate::error::Error;
-use crate::limits::{REASON_GRACE, SETTLE_RETRY, WORK_FACTOR};
+use crate::limits::{HARVEST_EVERY, REASON_GRACE, SETTLE_RETRY, WORK_FACTOR};
 use crate::stats::Event;
 use crate::vm::Step;
 use crate::wire::Message;
@@ -143,6 +144,10 @@ impl SourceSession {
                 self.fail(now, error);
             }
             _ if self.guest_runs() && now >= self.setup.config.timeout => self.time_out(now),
+            _ if self.watches_round() && now >= self.harvest_due => {
+                self.harvest_due = now + HARVEST_EVERY;
+                self.act(SourceAction::Harvest(Point::Running));
+            }
             _ => {}
         }
     }

@@ -110,13 +110,19 @@ pub enum SourceAction {
     /// Start tracking and mark populated pages dirty; answer `Tracking` or `Failed`.
     StartTracking,
     /// Plan and send all dirty pages; answer `RoundQueued`, and `RoundFlushed` later.
-    SendRound(u32),
+    SendRound {
+        /// The round.
+        round: u32,
+        /// Pages that may be left for the next round because the guest writes them again and again;
+        /// `None` in a round after which no other is certain to come: the guest stands still.
+        hold: Option<u64>,
+    },
     /// Stop planning; what was not handed to a lane is dirty again. `RoundQueued` and
     /// `RoundFlushed` come as usual.
     AbandonRound,
     /// The destination holds all that was in flight.
     Acknowledge,
-    /// Take dirty bits; answer `Harvested` or `Failed`.
+    /// Take dirty bits; answer `Harvested` or `Failed`. May come while a round is under way.
     Harvest(Point),
     /// Slow the vCPUs down by so many per cent; `ThrottleRefused` if the VMM cannot.
     Throttle(u8),

@@ -67,6 +67,8 @@ pub struct SourceSession {
     round_queued: bool,
     round_flushed: bool,
     round_acked: bool,
+    /// When the dirty bits are to be looked at again while a round is under way.
+    harvest_due: Duration,
     dirty_after_save: u64,
     forecast: Forecast,
     throttle: u8,
@@ -106,6 +108,7 @@ impl SourceSession {
             round_queued: false,
             round_flushed: false,
             round_acked: false,
+            harvest_due: Duration::ZERO,
             dirty_after_save: 0,
             forecast: Forecast::default(),
             throttle: 0,
@@ -164,7 +167,8 @@ impl SourceSession {
             _ => {
                 let total = if self.guest_runs() { self.setup.config.timeout } else { Duration::MAX };
                 let lane_loss = self.lane_loss.as_ref().map_or(Duration::MAX, |(_, deadline)| *deadline);
-                Some(total.min(self.silence_deadline()).min(self.stall_deadline()).min(lane_loss))
+                let harvest = if self.watches_round() { self.harvest_due } else { Duration::MAX };
+                Some(total.min(self.silence_deadline()).min(self.stall_deadline()).min(lane_loss).min(harvest))
             }
         }
     }
@@ -233,6 +237,12 @@ impl SourceSession {
 
     fn committed(&self) -> bool {
         matches!(self.state, State::AwaitRunning | State::Settling)
+    }
+
+    /// Whether pages of the open round are still to be planned while the guest runs: which of them it
+    /// writes meanwhile is worth knowing.
+    fn watches_round(&self) -> bool {
+        self.state == State::Sending && !self.round_queued
     }
 
     /// States before the pause was ordered.
