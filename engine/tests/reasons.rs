@@ -57,13 +57,13 @@ fn source_until(last: impl Fn(&SourceAction) -> bool) -> SourceSession {
         if last(&action) {
             return session;
         }
-        for input in source_answers(action) {
+        for input in source_answers(&action) {
             session.handle(NOW, input);
         }
     }
 }
 
-fn source_answers(action: SourceAction) -> Vec<SourceInput> {
+fn source_answers(action: &SourceAction) -> Vec<SourceInput> {
     let prepared = Message::Prepared(Prepared::default());
     match action {
         SourceAction::Dial => vec![SourceInput::Dialled { peer: "there".to_owned() }],
@@ -72,7 +72,7 @@ fn source_answers(action: SourceAction) -> Vec<SourceInput> {
         SourceAction::Send(Message::Finish(_)) => vec![SourceInput::Message(prepared)],
         SourceAction::OpenLanes(_) => vec![SourceInput::LanesOpen],
         SourceAction::StartTracking => vec![SourceInput::Tracking { dirty_pages: 0 }],
-        SourceAction::SendRound(round) => vec![
+        &SourceAction::SendRound(round) => vec![
             SourceInput::RoundQueued,
             SourceInput::RoundFlushed(Tally::default()),
             SourceInput::Message(Message::RoundAck { round }),
