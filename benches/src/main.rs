@@ -45,6 +45,8 @@ enum Command {
     Holes(commands::HolesOptions),
     /// Taking the dirty bits of a huge guest in which nothing is dirty
     Harvest(commands::HarvestOptions),
+    /// What a memory image is made of, and what compression and deduplication can make of it
+    Image(commands::ImageOptions),
     /// The engine's inner loops, one thread
     Kernels(commands::KernelsOptions),
     /// Downtime of an idle KVM guest, by its own heartbeats (runs `migrate demo`)
@@ -59,6 +61,8 @@ enum Command {
 enum BenchError {
     #[error("{what}: {source}")]
     Host { what: &'static str, source: std::io::Error },
+    #[error("cannot read {}: {source}", path.display())]
+    File { path: std::path::PathBuf, source: std::io::Error },
     #[error(transparent)]
     Transport(#[from] pageferry::transport::TransportError),
     #[error("the migration failed: {0}")]
@@ -91,6 +95,7 @@ fn main() -> ExitCode {
         Command::Zero(options) => commands::zero(options),
         Command::Holes(options) => commands::holes(options),
         Command::Harvest(options) => commands::harvest(options),
+        Command::Image(options) => commands::image(options),
         Command::Kernels(options) => commands::kernels(options),
         Command::Downtime(options) => commands::downtime(options),
     };
