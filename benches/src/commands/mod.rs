@@ -6,6 +6,7 @@ mod harvest;
 mod holes;
 mod iperf;
 mod kernels;
+mod link;
 mod measured;
 mod throughput;
 mod zero;
@@ -14,6 +15,7 @@ pub(crate) use downtime::{DowntimeOptions, downtime};
 pub(crate) use harvest::{HarvestOptions, harvest};
 pub(crate) use holes::{HolesOptions, holes};
 pub(crate) use kernels::{KernelsOptions, kernels};
+pub(crate) use link::{LinkOptions, link};
 pub(crate) use throughput::{ReferenceOptions, ThroughputOptions, reference, throughput};
 pub(crate) use zero::{ZeroOptions, zero};
 
