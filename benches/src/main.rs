@@ -14,6 +14,7 @@ mod outcome;
 mod peer;
 mod plain;
 mod process;
+mod scratch;
 #[allow(unsafe_code)]
 mod sys;
 

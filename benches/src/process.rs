@@ -117,6 +117,19 @@ impl Program {
         Usage { cpu_seconds: (stat_seconds(&folder) - guest).max(0.0), peak_rss_bytes: peak_rss(&status) }
     }
 
+    /// Thread ids of those with `mark` in their names.
+    pub(crate) fn threads(&self, mark: &str) -> Vec<u32> {
+        let threads = fs::read_dir(format!("/proc/{}/task", self.id())).into_iter().flatten().flatten();
+        let named = threads
+            .filter(|thread| fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.contains(mark)));
+        named.filter_map(|thread| thread.file_name().to_string_lossy().parse().ok()).collect()
+    }
+
+    /// An error that says how it ended, if it has.
+    pub(crate) fn check(&mut self) -> Result<(), BenchError> {
+        if matches!(self.child.try_wait(), Ok(Some(_))) { Err(self.ended()) } else { Ok(()) }
+    }
+
     fn ended(&mut self) -> BenchError {
         let status = self.child.wait().map_or_else(|error| error.to_string(), |status| status.to_string());
         let errors = self.errors.take().and_then(|errors| errors.join().ok()).unwrap_or_default();

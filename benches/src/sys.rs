@@ -72,6 +72,31 @@ pub(crate) fn signal(process: u32, signal: libc::c_int) -> io::Result<()> {
     if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
+/// Lowers the priority of a thread.
+pub(crate) fn be_nice(thread: u32, niceness: i32) -> io::Result<()> {
+    // SAFETY: plain numbers.
+    let answer = unsafe { libc::setpriority(libc::PRIO_PROCESS, thread, niceness) };
+    if answer == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Frequency of the time stamp counter, measured: good to one in ten thousand.
+#[cfg(target_arch = "x86_64")]
+pub(crate) fn tsc_khz() -> u64 {
+    const SPAN: std::time::Duration = std::time::Duration::from_millis(100);
+    // SAFETY: every x86-64 CPU has the instruction.
+    let read = || unsafe { core::arch::x86_64::_rdtsc() };
+    let (started, first) = (std::time::Instant::now(), read());
+    std::thread::sleep(SPAN);
+    let (ticks, nanos) = (read() - first, started.elapsed().as_nanos());
+    (u128::from(ticks) * 1_000_000 / nanos) as u64
+}
+
+/// Other processors have none.
+#[cfg(not(target_arch = "x86_64"))]
+pub(crate) fn tsc_khz() -> u64 {
+    0
+}
+
 /// The program will be killed when the thread that starts it ends, however that ends; the terminal's
 /// Ctrl-C does not reach it.
 pub(crate) fn end_with_parent(command: &mut Command) {

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
-use super::{Moved, Mover, Task};
+use super::{Moved, Mover, Subject, Task};
 use crate::network::Side;
 use crate::process::{Program, Usage};
 use crate::{BenchError, guest};
@@ -48,11 +48,20 @@ pub(crate) struct Ours {
     setting: Setting,
 }
 
+/// The program at this path, or the one beside this program.
+pub(crate) fn migrate_program(path: Option<&Path>) -> PathBuf {
+    let beside = || std::env::current_exe().map_or_else(|_| "migrate".into(), |own| own.with_file_name("migrate"));
+    path.map_or_else(beside, Path::to_owned)
+}
+
+pub(super) fn missing_program(program: &Path) -> Vec<String> {
+    let missing = || format!("`migrate` at {} (cargo build --release -p migrate)", program.display());
+    (!program.is_file()).then(missing).into_iter().collect()
+}
+
 impl Ours {
-    /// The program at this path, or the one beside this program.
-    pub(crate) fn new(program: Option<&Path>, setting: Setting) -> Self {
-        let beside = || std::env::current_exe().map_or_else(|_| "migrate".into(), |own| own.with_file_name("migrate"));
-        Self { program: program.map_or_else(beside, Path::to_owned), setting }
+    pub(crate) fn new(program: PathBuf, setting: Setting) -> Self {
+        Self { program, setting }
     }
 
     fn sender(&self, task: Task<'_>) -> Result<Program, BenchError> {
@@ -80,10 +89,8 @@ impl Mover for Ours {
         &self.setting.name
     }
 
-    fn missing(&self) -> Vec<String> {
-        let built = self.program.is_file();
-        let missing = || format!("`migrate` at {} (cargo build --release -p migrate)", self.program.display());
-        (!built).then(missing).into_iter().collect()
+    fn missing(&self, _subjects: &[Subject]) -> Vec<String> {
+        missing_program(&self.program)
     }
 
     fn run(&self, task: Task<'_>) -> Result<Moved, BenchError> {

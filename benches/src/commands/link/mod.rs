@@ -9,9 +9,10 @@ use clap::Args;
 
 use self::summary::{Key, Runs};
 use super::{gib, size};
-use crate::movers::{Memory, Moved, Mover, Ours, Setting, Subject, Task};
+use crate::movers::{Memory, Moved, Mover, Ours, Qemu, QemuSetting, Setting, Subject, Task, migrate_program};
 use crate::network::{self, Network, Rate};
 use crate::outcome::Outcome;
+use crate::scratch::Scratch;
 use crate::{BenchError, interrupt};
 
 const EXAMPLES: &str = "\
@@ -20,6 +21,7 @@ idle, few20 (a few bytes a page, 20 MiB/s over 128 MiB), full200 (whole pages, 2
 
 Examples:
   pageferry-bench link --rate 100mbit,1gbit
+  pageferry-bench link --rate 1gbit --guest mix,image=debian.ram --qemu multifd-2-zstd,plain
   pageferry-bench link --guest few20,idle --ours two='--lanes 2' --ours one='--lanes 1' --baseline one
 
 Exit codes: 0 measured, 1 failed, 3 this machine cannot measure it, 130 interrupted";
@@ -43,6 +45,9 @@ pub(crate) struct LinkOptions {
     /// `migrate` with these arguments for `send` (and after ` -- ` for `receive`) under this name; repeat it to compare
     #[arg(long, value_name = "NAME=ARGUMENTS", default_value = "ours", allow_hyphen_values = true)]
     ours: Vec<Setting>,
+    /// QEMU in these settings: plain, xbzrle, multifd-CHANNELS, multifd-CHANNELS-zstd (level 1)
+    #[arg(long, value_name = "SETTING", value_delimiter = ',')]
+    qemu: Vec<QemuSetting>,
     /// The one that the others are divided by; without it, the first
     #[arg(long, value_name = "NAME")]
     baseline: Option<String>,
@@ -82,11 +87,13 @@ pub(crate) fn link(options: &LinkOptions) -> Result<Outcome, BenchError> {
 
 impl Plan {
     fn new(options: &LinkOptions) -> Result<Self, BenchError> {
-        let ours = options.ours.iter().map(|setting| Ours::new(options.migrate.as_deref(), setting.clone()));
+        let program = migrate_program(options.migrate.as_deref());
+        let ours = options.ours.iter().map(|setting| boxed(Ours::new(program.clone(), setting.clone())));
+        let qemu = options.qemu.iter().map(|setting| boxed(Qemu::new(program.clone(), setting.clone())));
         Ok(Self {
             rates: options.rate.clone(),
             subjects: options.guest.iter().map(|memory| subject(memory, options.size)).collect::<Result<_, _>>()?,
-            movers: ours.map(|mover| Box::new(mover) as Box<dyn Mover>).collect(),
+            movers: qemu.chain(ours).collect(),
             turns: options.runs,
             limit: Duration::from_secs(options.limit),
             goodput_seconds: options.goodput_seconds,
@@ -99,14 +106,14 @@ impl Plan {
 
     fn check_machine(&self) -> Result<(), BenchError> {
         let mut missing = network::missing();
-        missing.extend(self.movers.iter().flat_map(|mover| mover.missing()));
+        missing.extend(self.movers.iter().flat_map(|mover| mover.missing(&self.subjects)));
         missing.sort();
         missing.dedup();
         if missing.is_empty() { Ok(()) } else { Err(BenchError::Lacking(missing)) }
     }
 
     fn run(&self) -> Result<Runs, BenchError> {
-        let mut runs = Runs::default();
+        let (scratch, mut runs) = (Scratch::new()?, Runs::default());
         for &rate in &self.rates {
             let network = Network::new(rate)?;
             for turn in 1..=self.turns {
@@ -114,22 +121,26 @@ impl Plan {
                 eprintln!("{rate}, turn {turn} of {}: iperf3 {:.1} Mbit/s", self.turns, goodput * 8.0 / 1e6);
                 runs.add_goodput(rate, goodput);
                 for subject in &self.subjects {
-                    self.turn(&network, subject, &mut runs)?;
+                    self.turn(&network, subject, &scratch, &mut runs)?;
                 }
             }
         }
         Ok(runs)
     }
 
-    fn turn(&self, network: &Network, subject: &Subject, runs: &mut Runs) -> Result<(), BenchError> {
+    fn turn(&self, network: &Network, subject: &Subject, scratch: &Scratch, runs: &mut Runs) -> Result<(), BenchError> {
         for mover in &self.movers {
-            let moved = mover.run(Task { network, subject, limit: self.limit })?;
+            let moved = mover.run(Task { network, subject, scratch, limit: self.limit })?;
             let key = Key::new(network.rate(), &subject.memory, mover.name());
             eprintln!("  {key}: {}", in_words(&moved));
             runs.add(key, moved);
         }
         Ok(())
     }
+}
+
+fn boxed(mover: impl Mover + 'static) -> Box<dyn Mover> {
+    Box::new(mover)
 }
 
 fn in_words(moved: &Moved) -> String {

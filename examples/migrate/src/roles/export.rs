@@ -10,8 +10,8 @@ use crate::payload;
 use crate::workload::content::{Content, Kind};
 use crate::workload::page::PAGE_BYTES;
 
-/// Pages written at a time.
-const CHUNK_PAGES: u64 = 256;
+/// Pages written at a time: neighbours that share a kind, so that zero pages become holes.
+const CHUNK_PAGES: u64 = 16;
 
 /// Why a file was not written.
 #[derive(Debug, thiserror::Error)]
