@@ -6,10 +6,15 @@
 
 mod commands;
 mod guest;
+mod interrupt;
 mod machine;
+mod movers;
+mod network;
 mod outcome;
 mod peer;
 mod plain;
+mod process;
+mod scratch;
 #[allow(unsafe_code)]
 mod sys;
 
@@ -51,6 +56,8 @@ enum Command {
     Kernels(commands::KernelsOptions),
     /// Downtime of an idle KVM guest, by its own heartbeats (runs `migrate demo`)
     Downtime(commands::DowntimeOptions),
+    /// Whole migrations over a shaped link, in turn with QEMU's (needs root, ip, tc, iperf3)
+    Link(Box<commands::LinkOptions>),
     /// The other process of a measurement; not for people
     #[command(hide = true)]
     Peer,
@@ -77,8 +84,27 @@ enum BenchError {
     Peer(String),
     #[error("WRONG ANSWER: {0}")]
     Wrong(String),
+    #[error("{name} ended early ({status}): {errors}")]
+    Ended { name: &'static str, status: String, errors: String },
+    #[error("{0}")]
+    Tool(String),
+    #[error("this machine lacks {}", .0.join(", "))]
+    Lacking(Vec<String>),
+    #[error("interrupted; everything is taken down")]
+    Interrupted,
     #[error("skipped: {0}")]
     Skipped(String),
+}
+
+impl BenchError {
+    /// 1 for a failure, 3 when this machine cannot measure it, 130 after Ctrl-C as shells have it.
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Lacking(_) => ExitCode::from(3),
+            Self::Interrupted => ExitCode::from(130),
+            _ => ExitCode::FAILURE,
+        }
+    }
 }
 
 /// Names what the host refused.
@@ -98,6 +124,7 @@ fn main() -> ExitCode {
         Command::Image(options) => commands::image(options),
         Command::Kernels(options) => commands::kernels(options),
         Command::Downtime(options) => commands::downtime(options),
+        Command::Link(options) => commands::link(options),
     };
     match result.and_then(|outcome| publish(&cli, &outcome)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -107,7 +134,7 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("pageferry-bench: {error}");
-            ExitCode::FAILURE
+            error.exit_code()
         }
     }
 }

@@ -7,6 +7,7 @@ mod holes;
 mod image;
 mod iperf;
 mod kernels;
+mod link;
 mod measured;
 mod throughput;
 mod zero;
@@ -16,6 +17,7 @@ pub(crate) use harvest::{HarvestOptions, harvest};
 pub(crate) use holes::{HolesOptions, holes};
 pub(crate) use image::{ImageOptions, image};
 pub(crate) use kernels::{KernelsOptions, kernels};
+pub(crate) use link::{LinkOptions, link};
 pub(crate) use throughput::{ReferenceOptions, ThroughputOptions, reference, throughput};
 pub(crate) use zero::{ZeroOptions, zero};
 
