@@ -2,8 +2,11 @@
 //! the real driver does, takes one event per turn, and is deaf while a call into the VM lasts.
 
 mod calls;
+mod encoders;
 mod lanes;
 mod rounds;
+
+pub(crate) use encoders::Encoders;
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,23 +15,27 @@ use std::time::Duration;
 
 use pageferry::Error;
 use pageferry::batch::{Batch, Planner};
+use pageferry::config::EncodeConfig;
 use pageferry::digest::{Digest, DigestKey, HashTable, PageHasher};
 use pageferry::dirty::Accumulator;
-use pageferry::encode::Tally;
-use pageferry::limits::{FAREWELL, PLANNED_BATCHES_PER_WORKER};
+use pageferry::encode::{EncodedBatch, Tally};
+use pageferry::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE, FAREWELL};
 use pageferry::memory::GuestMemory;
 use pageferry::session::{Outcome, SourceAction, SourceInput, SourceSession, SourceSetup};
 use pageferry::transport::LaneRole;
+use pageferry::units::PageRun;
 use pageferry::vm::VmResult;
 use pageferry::wire::{FrameBuffer, Message, SessionId, WireError};
 
+use crate::campaign::Codings;
 use crate::clock::{Event, HostId};
 use crate::guest::{SharedGuest, lock};
 use crate::network::LaneId;
 use crate::random::Random;
+use crate::scenario::EncoderPlan;
 use crate::sender::{Sender, Shared};
 use crate::verify;
-use crate::vm::Tracker;
+use crate::vm::{Interruption, Tracker};
 use crate::world::Context;
 
 /// How often the driver looks at the clock at least.
@@ -43,7 +50,11 @@ enum Heard {
     /// From a control lane; of one that was replaced it means nothing any more.
     Control(LaneId, ControlHeard),
     DataLaneBroken(Error),
-    LaneFlushed(Tally),
+    /// A lane has sent all it has of the open step.
+    LaneFlushed,
+    /// A batch was encoded, and has gone to the lanes unless nothing of it needs to be sent.
+    Encoded(Tally, Vec<PageRun>),
+    EncodingFailed(Error),
     Hashed(Digest),
 }
 
@@ -74,6 +85,17 @@ struct Wishes {
     downtime_limit: Option<Duration>,
 }
 
+/// How far the open step of a round is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// There may be more to plan.
+    Planning,
+    /// All is planned, not all encoded.
+    Encoding,
+    /// The lanes were told to end the step.
+    Flushing,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Life {
     Driving,
@@ -86,10 +108,13 @@ pub(crate) struct SourceParts {
     pub(crate) id: HostId,
     pub(crate) guest: SharedGuest,
     pub(crate) memory: Arc<dyn GuestMemory>,
+    pub(crate) interruption: Option<Interruption>,
     pub(crate) session: SourceSession,
     pub(crate) session_id: SessionId,
     pub(crate) digest_key: DigestKey,
     pub(crate) lanes: u16,
+    pub(crate) encode: EncodeConfig,
+    pub(crate) encoding: EncoderPlan,
     pub(crate) bandwidth: Option<u64>,
     pub(crate) vm: crate::scenario::VmPlan,
     pub(crate) random: Random,
@@ -100,9 +125,12 @@ pub(crate) struct SourceHost {
     pub(crate) id: HostId,
     guest: SharedGuest,
     memory: Arc<dyn GuestMemory>,
+    interruption: Option<Interruption>,
     session: SourceSession,
     session_id: SessionId,
     lanes: u16,
+    encode: EncodeConfig,
+    encoder_plan: EncoderPlan,
     vm: crate::scenario::VmPlan,
     random: Random,
     started: Duration,
@@ -118,8 +146,14 @@ pub(crate) struct SourceHost {
     inbox: VecDeque<Heard>,
     planner: Option<Planner>,
     planned: Option<Batch>,
+    encoders: Option<Encoders>,
+    stage: Stage,
+    /// Batches that encoders have.
+    encoding: usize,
+    /// Lanes that have not ended the open step.
     flushing: usize,
-    flushed: Tally,
+    round_tally: Tally,
+    pub(crate) codings: Codings,
     wishes: Wishes,
     work: Option<(SourceAction, Option<SourceInput>)>,
     life: Life,
@@ -167,9 +201,16 @@ impl SourceHost {
             table: Arc::new(HashTable::new(layout.page_space())),
             dirty: Accumulator::new(layout),
             tracker: Tracker(Arc::clone(&parts.guest)),
-            shared: Shared { bandwidth: parts.bandwidth, ..Shared::default() },
+            shared: Shared {
+                bandwidth: parts.bandwidth,
+                free: buffers(&parts.encode, parts.lanes),
+                ..Shared::default()
+            },
+            encode: parts.encode,
+            encoder_plan: parts.encoding,
             guest: parts.guest,
             memory: parts.memory,
+            interruption: parts.interruption,
             senders: Vec::new(),
             control: None,
             receivers: Vec::new(),
@@ -177,8 +218,12 @@ impl SourceHost {
             inbox: VecDeque::new(),
             planner: None,
             planned: None,
+            encoders: None,
+            stage: Stage::Planning,
+            encoding: 0,
             flushing: 0,
-            flushed: Tally::default(),
+            round_tally: Tally::default(),
+            codings: Codings::default(),
             wishes: Wishes::default(),
             work: None,
             life: Life::Driving,
@@ -249,19 +294,12 @@ impl SourceHost {
 
     /// One of the things that the driver waits for.
     fn take_one(&mut self, ctx: &mut Context) {
-        let lane_ready = self.planned.is_some() && self.has_room();
-        if lane_ready && (self.inbox.is_empty() || self.random.chance(50)) {
-            if let Some(batch) = self.planned.take() {
-                self.shared.batches.push_back(batch);
-                self.wake_senders(ctx);
-            }
+        let buffer_free = self.planned.is_some() && !self.shared.free.is_empty();
+        if buffer_free && (self.inbox.is_empty() || self.random.chance(50)) {
+            self.encode_planned(ctx);
         } else if let Some(heard) = self.inbox.pop_front() {
             self.on_event(ctx, heard);
         }
-    }
-
-    fn has_room(&self) -> bool {
-        self.shared.batches.len() < usize::from(self.lanes.max(1)) * PLANNED_BATCHES_PER_WORKER
     }
 
     /// Performs actions until there are none, a call takes time, or the session has ended; then waits.
@@ -285,7 +323,7 @@ impl SourceHost {
 
     fn await_more(&mut self, ctx: &mut Context) {
         self.wait += 1;
-        if !self.inbox.is_empty() || (self.planned.is_some() && self.has_room()) {
+        if !self.inbox.is_empty() || (self.planned.is_some() && !self.shared.free.is_empty()) {
             self.turn_soon(ctx);
         }
         let now = ctx.clock.now;
@@ -341,7 +379,9 @@ impl SourceHost {
             }
             Heard::Control(_, ControlHeard::Sent) => {}
             Heard::DataLaneBroken(error) => self.tell(ctx, SourceInput::DataLaneLost(error)),
-            Heard::LaneFlushed(tally) => self.on_flushed(ctx, &tally),
+            Heard::LaneFlushed => self.on_flushed(ctx),
+            Heard::Encoded(tally, deferred) => self.on_encoded(ctx, &tally, &deferred),
+            Heard::EncodingFailed(error) => self.tell(ctx, SourceInput::Failed(error)),
             Heard::Hashed(digest) => self.tell(ctx, SourceInput::FullDigest(digest)),
         }
     }
@@ -365,9 +405,11 @@ impl SourceHost {
             }
             SourceAction::SendRound(round) => {
                 self.planner = Some(Planner::new(round));
+                self.stage = Stage::Planning;
+                self.round_tally = Tally::default();
                 self.plan(ctx);
             }
-            SourceAction::AbandonRound => self.abandon_round(ctx),
+            SourceAction::AbandonRound => self.abandon_round(),
             SourceAction::Acknowledge => self.dirty.acknowledge(),
             SourceAction::FullDigest => ctx.clock.after(verify::time(&self.guest), Event::Verified(self.id)),
             SourceAction::Notify(_) => {}
@@ -429,6 +471,13 @@ impl SourceHost {
     pub(crate) fn outcome(&self) -> Option<&Outcome> {
         self.session.outcome()
     }
+}
+
+/// As many as the driver makes.
+fn buffers(encode: &EncodeConfig, lanes: u16) -> Vec<Box<EncodedBatch>> {
+    let encoders = usize::from(encode.threads.max(1)) * BATCHES_PER_ENCODER;
+    let count = encoders + usize::from(lanes.max(1)) * BATCHES_PER_LANE;
+    (0..count).map(|_| Box::default()).collect()
 }
 
 pub(crate) fn invalid(lane: LaneRole, source: WireError) -> Error {
