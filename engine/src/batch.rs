@@ -3,11 +3,14 @@
 //! A round has two steps, each closed by a barrier over all lanes. The first carries what changed. The
 //! second carries the pages which the encoders put off because another page had their content first: they
 //! refer to what the first has delivered (R6).
+//!
+//! Pages that the guest writes again while they wait come last in the first step, so that most of them are
+//! sent once instead of twice; a few of the hottest may wait for the last round.
 
 use std::sync::Arc;
 
 use crate::dirty::{Accumulator, PageBitmap};
-use crate::limits::MAX_BATCH_PAGES;
+use crate::limits::{MAX_BATCH_PAGES, WATCH_AHEAD_PAGES};
 use crate::memory::{Layout, RegionId};
 use crate::units::{PAGES_PER_WORD, PageNumber, PageRun};
 use crate::vm::VmResult;
@@ -75,16 +78,42 @@ pub struct Planner {
     round: u32,
     phase: Phase,
     next_word: u64,
-    /// Bits of word `next_word` that are planned already, in the second step.
+    /// Bits of word `next_word` that are planned already: a page comes once per step (R5), even if it is
+    /// dirty again by now.
     planned: u64,
     deferred: PageBitmap,
+    hot: HotPages,
     rearm: RearmSpan,
 }
 
+/// Pages that wait for the end of the first step because the guest keeps writing them.
+#[derive(Debug, Default)]
+struct HotPages {
+    /// How many may wait for another round; `None` when none waits at all.
+    hold: Option<u64>,
+    waiting: PageBitmap,
+    /// Whether it is their turn.
+    due: bool,
+    spared: u64,
+    /// Dirty pages of words before this one are armed already, to see which are written while they wait.
+    watched_to: u64,
+}
+
 impl Planner {
-    /// A planner for one round.
+    /// A planner for one round, in the order of addresses: for the last, when nothing is written any more.
     pub fn new(round: u32) -> Self {
         Self { round, ..Self::default() }
+    }
+
+    /// A planner that lets pages wait which the guest writes meanwhile: to the end of the round's first
+    /// step, and up to `hold` of those written even then to the next round.
+    pub fn patient(round: u32, hold: u64) -> Self {
+        Self { round, hot: HotPages { hold: Some(hold), ..HotPages::default() }, ..Self::default() }
+    }
+
+    /// Times that a page was not sent because the guest would have written it again.
+    pub fn spared(&self) -> u64 {
+        self.hot.spared
     }
 
     /// The open step.
@@ -96,13 +125,32 @@ impl Planner {
     /// this returns or in the step before, so it may be read (R2), and is in flight (R1).
     pub fn next_batch(&mut self, dirty: &mut Accumulator, rearm: Rearm<'_>) -> VmResult<Option<Batch>> {
         let batch = match &self.phase {
-            Phase::Contents => self.next_dirty(dirty, rearm)?,
+            Phase::Contents => self.next_contents(dirty, rearm)?,
             Phase::Copies(deferred) => {
                 let deferred = Arc::clone(deferred);
                 self.next_deferred(&deferred, dirty.layout())
             }
         };
         Ok((batch.pages > 0).then_some(batch))
+    }
+
+    /// Arms some dirty pages whose turn comes later, so that by then it shows which of them the guest
+    /// writes while they wait. Cheap, and done bit by bit: arming a large guest at once would stop it.
+    pub fn watch_ahead(&mut self, dirty: &mut Accumulator, rearm: Rearm<'_>) -> VmResult<()> {
+        if self.hot.hold.is_none() || self.hot.due || matches!(self.phase, Phase::Copies(_)) {
+            return Ok(());
+        }
+        self.hot.watched_to = self.hot.watched_to.max(self.next_word.saturating_add(1));
+        let mut pages = 0;
+        while pages < WATCH_AHEAD_PAGES {
+            let Some((word, bits)) = dirty.dirty().next_word(self.hot.watched_to) else { break };
+            let (region, index) = locate(dirty.layout(), word, bits)?;
+            dirty.watch(word, bits);
+            self.rearm.add(region, index, bits, rearm)?;
+            pages += u64::from(bits.count_ones());
+            self.hot.watched_to = word + 1;
+        }
+        self.rearm.flush(rearm)
     }
 
     /// Takes note of pages that an encoder has put off.
@@ -120,7 +168,7 @@ impl Planner {
         match self.phase {
             Phase::Contents => {
                 self.phase = Phase::Copies(Arc::new(std::mem::take(&mut self.deferred)));
-                self.next_word = 0;
+                (self.next_word, self.planned) = (0, 0);
                 true
             }
             Phase::Copies(_) => false,
@@ -132,25 +180,84 @@ impl Planner {
     pub fn abandon(&mut self) {
         if matches!(self.phase, Phase::Contents) {
             self.next_word = u64::MAX;
+            self.hot.due = true;
         }
     }
 
-    fn next_dirty(&mut self, dirty: &mut Accumulator, rearm: Rearm<'_>) -> VmResult<Batch> {
+    fn next_contents(&mut self, dirty: &mut Accumulator, rearm: Rearm<'_>) -> VmResult<Batch> {
         let mut batch = self.open_batch();
+        if !self.hot.due {
+            self.add_dirty(&mut batch, dirty, rearm)?;
+            if batch.pages == 0 {
+                self.hot.due = true;
+                (self.next_word, self.planned) = (0, 0);
+            }
+        }
+        if self.hot.due {
+            self.add_hot(&mut batch, dirty, rearm)?;
+        }
+        self.rearm.flush(rearm)?;
+        Ok(batch)
+    }
+
+    fn add_dirty(&mut self, batch: &mut Batch, dirty: &mut Accumulator, rearm: Rearm<'_>) -> VmResult<()> {
         let mut previous_region = None;
         while batch.pages < MAX_BATCH_PAGES as u64 {
             let Some((word, bits)) = dirty.dirty().next_word(self.next_word) else {
                 break;
             };
             let (region, index) = locate(dirty.layout(), word, bits)?;
-            let taken = self.take(word, bits, &batch);
+            let left = bits & !self.planned_in(word);
+            let hot = self.put_off_hot(word, left, dirty);
+            let taken = self.take(word, left & !hot, batch);
             dirty.take_word(word, taken);
-            self.rearm.add(region, index, taken, rearm)?;
+            self.rearm.add(region, index, taken | hot, rearm)?;
             for_each_run(word * PAGES_PER_WORD, taken, |run| batch.push(run, previous_region == Some(region)));
             previous_region = Some(region);
         }
-        self.rearm.flush(rearm)?;
-        Ok(batch)
+        Ok(())
+    }
+
+    /// The pages of a word that have been written while they waited, or were sent in both rounds before:
+    /// they wait on, armed, so that it shows whether they are written once more.
+    fn put_off_hot(&mut self, word: u64, bits: u64, dirty: &mut Accumulator) -> u64 {
+        if self.hot.hold.is_none() {
+            return 0;
+        }
+        let waiting = bits & self.hot.waiting.word(word);
+        let hot = bits & !waiting & (dirty.rewritten_word(word) | dirty.steadily_sent_word(word));
+        if hot != 0 {
+            if self.hot.waiting.page_space() == 0 {
+                self.hot.waiting = PageBitmap::new(dirty.layout().page_space());
+            }
+            self.hot.waiting.insert_word(word, hot);
+            dirty.watch(word, hot);
+        }
+        hot | waiting
+    }
+
+    fn add_hot(&mut self, batch: &mut Batch, dirty: &mut Accumulator, rearm: Rearm<'_>) -> VmResult<()> {
+        let mut previous_region = None;
+        while batch.pages < MAX_BATCH_PAGES as u64 {
+            let Some((word, bits)) = self.hot.waiting.next_word(self.next_word) else {
+                break;
+            };
+            let (region, index) = locate(dirty.layout(), word, bits)?;
+            let again = bits & dirty.rewritten_word(word);
+            self.hot.spared += u64::from(again.count_ones());
+            // The first round sends everything once: what is written again is a delta then.
+            let hold = if self.round == 0 { 0 } else { self.hot.hold.unwrap_or_default() };
+            let held = lowest_bits(again, hold);
+            self.hot.hold = self.hot.hold.map(|hold| hold.saturating_sub(held.count_ones().into()));
+            dirty.watch(word, again);
+            let taken = lowest_bits(bits & !held, MAX_BATCH_PAGES as u64 - batch.pages);
+            self.hot.waiting.remove_word(word, taken | held);
+            dirty.take_word(word, taken);
+            self.rearm.add(region, index, taken | again, rearm)?;
+            for_each_run(word * PAGES_PER_WORD, taken, |run| batch.push(run, previous_region == Some(region)));
+            previous_region = Some(region);
+        }
+        Ok(())
     }
 
     fn next_deferred(&mut self, deferred: &PageBitmap, layout: &Layout) -> Batch {
@@ -160,11 +267,8 @@ impl Planner {
             let Some((word, bits)) = deferred.next_word(self.next_word) else {
                 break;
             };
-            // What the last batch had no room for.
-            let left = bits & !self.planned;
             let region = locate(layout, word, bits).ok().map(|(region, _)| region);
-            let taken = self.take(word, left, &batch);
-            self.planned = if taken == left { 0 } else { self.planned | taken };
+            let taken = self.take(word, bits & !self.planned_in(word), &batch);
             for_each_run(word * PAGES_PER_WORD, taken, |run| batch.push(run, previous_region == region));
             previous_region = region;
         }
@@ -175,10 +279,15 @@ impl Planner {
         Batch { round: self.round, phase: self.phase.clone(), ..Batch::default() }
     }
 
+    fn planned_in(&self, word: u64) -> u64 {
+        if word == self.next_word { self.planned } else { 0 }
+    }
+
     /// As many of a word's pages as the batch has room for; goes on to the next word if that is all.
     fn take(&mut self, word: u64, bits: u64, batch: &Batch) -> u64 {
         let taken = lowest_bits(bits, MAX_BATCH_PAGES as u64 - batch.pages);
-        self.next_word = if taken == bits { word + 1 } else { word };
+        let planned = self.planned_in(word) | taken;
+        (self.next_word, self.planned) = if taken == bits { (word + 1, 0) } else { (word, planned) };
         taken
     }
 }
@@ -329,5 +438,80 @@ mod tests {
         dirty.mark_range(RegionId(1), 0..3);
         let result = Planner::new(0).next_batch(&mut dirty, &mut |_, _, _| Err("ioctl failed".into()));
         assert_eq!(result.unwrap_err().to_string(), "ioctl failed");
+    }
+
+    fn pages_of(batch: &Batch) -> Vec<u64> {
+        batch.runs.iter().flat_map(PageRun::pages).map(|page| page.0).collect()
+    }
+
+    fn rest(planner: &mut Planner, dirty: &mut Accumulator) -> Vec<u64> {
+        let mut pages = Vec::new();
+        while let Some(batch) = planner.next_batch(dirty, &mut |_, _, _| Ok(())).unwrap() {
+            pages.extend(pages_of(&batch));
+        }
+        pages
+    }
+
+    const NO_TRACKER: fn(RegionId, u64, &[u64]) -> VmResult<()> = |_, _, _| Ok(());
+
+    #[test]
+    fn a_page_written_again_behind_the_cursor_does_not_come_twice_in_a_step() {
+        let mut dirty = accumulator();
+        dirty.mark_range(RegionId(1), 0..700);
+        let mut planner = Planner::patient(0, 0);
+        let mut seen = pages_of(&planner.next_batch(&mut dirty, &mut { NO_TRACKER }).unwrap().unwrap());
+        // The second batch ends within a word; the pages before its end are written again.
+        dirty.mark_range(RegionId(1), 0..3);
+        dirty.mark_range(RegionId(1), 120..128);
+        seen.extend(rest(&mut planner, &mut dirty));
+        let before = seen.len();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!((seen.len(), before), (700, 700));
+        assert_eq!(dirty.dirty_pages(), 11);
+    }
+
+    #[test]
+    fn pages_that_are_written_while_they_wait_come_last() {
+        let mut dirty = accumulator();
+        dirty.mark_range(RegionId(1), 0..700);
+        let mut planner = Planner::patient(0, 100);
+        let first = planner.next_batch(&mut dirty, &mut { NO_TRACKER }).unwrap().unwrap();
+        // A report before they are armed says nothing; one after that does.
+        dirty.mark_range(RegionId(1), 600..610);
+        planner.watch_ahead(&mut dirty, &mut { NO_TRACKER }).unwrap();
+        dirty.mark_range(RegionId(1), 300..305);
+        let mut order = pages_of(&first);
+        while order.len() < 690 {
+            let batch = planner.next_batch(&mut dirty, &mut { NO_TRACKER }).unwrap().unwrap();
+            order.extend(pages_of(&batch));
+        }
+        // Once more while they wait: an early sending would have been for nothing.
+        dirty.mark_range(RegionId(1), 300..302);
+        order.extend(rest(&mut planner, &mut dirty));
+        assert_eq!(order.len(), 700);
+        assert_eq!(order[695..], [128 + 300, 128 + 301, 128 + 302, 128 + 303, 128 + 304]);
+        assert!(order[..695].is_sorted());
+    }
+
+    #[test]
+    fn a_page_sent_in_vain_twice_waits_for_the_last_round_within_bounds() {
+        let mut dirty = accumulator();
+        for round in 0..2 {
+            dirty.mark_range(RegionId(0), 0..10);
+            assert_eq!(rest(&mut Planner::patient(round, 3), &mut dirty).len(), 10);
+            dirty.acknowledge();
+        }
+        dirty.mark_range(RegionId(0), 0..10);
+        dirty.mark_range(RegionId(1), 0..1);
+        let mut planner = Planner::patient(2, 3);
+        let cold = planner.next_batch(&mut dirty, &mut { NO_TRACKER }).unwrap().unwrap();
+        assert_eq!(pages_of(&cold), [128]);
+        dirty.mark_range(RegionId(0), 0..5);
+        assert_eq!(rest(&mut planner, &mut dirty), [3, 4, 5, 6, 7, 8, 9], "three of the five may wait");
+        assert_eq!((planner.spared(), dirty.dirty_pages()), (5, 3));
+        // In the last round nothing waits.
+        dirty.acknowledge();
+        assert_eq!(rest(&mut Planner::new(3), &mut dirty), [0, 1, 2]);
     }
 }

@@ -86,6 +86,17 @@ pub const MIN_BANDWIDTH: u64 = 256 << 10;
 /// report of a guest that never converges bounded.
 pub const MAX_ROUNDS: u32 = 10_000;
 
+/// How often the dirty bits are looked at while a round is under way: it shows which pages are hot, and
+/// which of those last sent are worth keeping as bases. A clean harvest costs microseconds per GiB.
+pub const HARVEST_EVERY: Duration = Duration::from_millis(500);
+
+/// Pages that are armed ahead of their turn at each such look: 256 MiB, a millisecond for KVM.
+pub const WATCH_AHEAD_PAGES: u64 = 1 << 16;
+
+/// Hot pages may be left for the last round as far as they take one part in so many of the downtime
+/// limit: they would be dirty then anyway, and if they cool down instead, little was lost.
+pub const HOLD_SHARE: u32 = 4;
+
 /// Events that threads may have waiting for the driver; more make the lane wait, and so the peer.
 pub const EVENT_QUEUE: usize = 256;
 
@@ -99,7 +110,8 @@ pub const SETTLE_RETRY: Duration = Duration::from_millis(500);
 /// makes room, loads state, or a very slow link is busy with one frame.
 pub const WORK_FACTOR: u32 = 6;
 
-/// How long after a data lane's end the control lane may still tell the reason.
+/// How long after a lane's end, or that of the control lane's sending half, the control lane may still
+/// tell the reason.
 pub const REASON_GRACE: Duration = Duration::from_millis(250);
 
 /// How long the last message of a migration may take to leave before the lanes are closed.

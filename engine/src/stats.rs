@@ -97,6 +97,9 @@ pub struct Stages {
     pub copied_pages: u64,
     /// Pages sent whole.
     pub literal_pages: u64,
+    /// Times that a page was not sent because the guest would have written it again before the end of the
+    /// round, or before it stood still.
+    pub spared_pages: u64,
     /// Bytes of deltas before packing.
     pub delta_bytes: u64,
     /// Bytes of frame headers and records.
@@ -122,6 +125,7 @@ impl Stages {
         self.delta_pages += other.delta_pages;
         self.copied_pages += other.copied_pages;
         self.literal_pages += other.literal_pages;
+        self.spared_pages += other.spared_pages;
         self.delta_bytes += other.delta_bytes;
         self.head_bytes += other.head_bytes;
         self.payload_bytes += other.payload_bytes;

@@ -351,6 +351,16 @@ fn greet(dialer: &dyn Dialer, greeting: Greeting) -> LaneHalves {
     halves
 }
 
+/// A caller that hung up may be noticed a moment later: until then the destination is busy.
+fn migrate_once_free(guest: &mut Guest, dialer: &transport::InMemoryDialer) -> Report {
+    loop {
+        match Source::new(source_config()).run(guest, Arc::new(dialer.clone()), &Control::new()) {
+            Ok(report) => return report,
+            Err(failed) => assert!(failed.to_string().contains("busy"), "{failed}"),
+        }
+    }
+}
+
 #[test]
 fn strangers_before_and_during_a_migration_do_not_disturb_it() {
     let (dialer, acceptor) = transport::in_memory();
@@ -378,17 +388,29 @@ fn strangers_before_and_during_a_migration_do_not_disturb_it() {
             let _ = lane.sender.send(&mut [IoSlice::new(b"GET / HTTP/1.1\r\n\r\n and so on, and so on")]);
         }
     });
-    // The caller that hung up may be noticed a moment later: until then the destination is busy.
-    let report = loop {
-        let result = Source::new(source_config()).run(&mut guest, Arc::new(dialer.clone()), &Control::new());
-        match result {
-            Ok(report) => break report,
-            Err(failed) => assert!(failed.to_string().contains("busy"), "{failed}"),
-        }
-    };
+    let report = migrate_once_free(&mut guest, &dialer);
     assert_eq!(report.digest_match, Some(true));
     assert_arrived(&guest, arrival);
     disturber.join().unwrap();
+}
+
+#[test]
+fn a_caller_that_asks_for_a_guest_it_never_offered_is_a_stranger() {
+    let (dialer, acceptor) = transport::in_memory();
+    let arrival = receive(acceptor, Room::default());
+    let greeting = |role| Greeting { version_min: 1, version_max: 1, session: SessionId([1; 16]), role };
+    let mut caller = greet(&dialer, greeting(GreetingRole::Control));
+    let mut frame = pageferry::wire::FrameBuffer::new();
+    caller.receiver.receive(&mut frame).unwrap();
+    assert_eq!(Message::decode(&frame).unwrap(), Message::Welcome { version: 1 });
+    let mut asking = greet(&dialer, greeting(GreetingRole::Settle));
+    let answer = asking.receiver.receive(&mut frame);
+    assert!(answer.is_err(), "{:?}", Message::decode(&frame));
+    caller.closer.close();
+
+    let mut guest = Guest::new(100, None);
+    migrate_once_free(&mut guest, &dialer);
+    assert_arrived(&guest, arrival);
 }
 
 #[test]

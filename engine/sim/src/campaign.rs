@@ -48,6 +48,8 @@ pub struct Codings {
     pub copy_turned_literal: u64,
     /// Put off as a copy, and zero when it was read again.
     pub copy_turned_zero: u64,
+    /// Not sent, because the guest would have written it again.
+    pub spared: u64,
 }
 
 impl Codings {
@@ -75,10 +77,11 @@ impl Codings {
         self.literal += other.literal;
         self.copy_turned_literal += other.copy_turned_literal;
         self.copy_turned_zero += other.copy_turned_zero;
+        self.spared += other.spared;
     }
 
     /// Each coding by its name.
-    pub fn each(&self) -> [(&'static str, u64); 8] {
+    pub fn each(&self) -> [(&'static str, u64); 9] {
         [
             ("zero", self.zero),
             ("unchanged", self.unchanged),
@@ -88,6 +91,7 @@ impl Codings {
             ("literal", self.literal),
             ("copy turned literal", self.copy_turned_literal),
             ("copy turned zero", self.copy_turned_zero),
+            ("spared", self.spared),
         ]
     }
 }

@@ -36,7 +36,7 @@ enum Heard {
 #[derive(Debug)]
 enum LaneHeard {
     Received(Received),
-    ControlBroken(Error),
+    ControlSendFailed(Error),
     ControlSent,
 }
 
@@ -263,7 +263,7 @@ impl DestinationHost {
             }
             Heard::Lane(generation, _) if generation != self.generation => return,
             Heard::Lane(_, LaneHeard::Received(received)) => input_of(received),
-            Heard::Lane(_, LaneHeard::ControlBroken(error)) => DestinationInput::LinkLost(error),
+            Heard::Lane(_, LaneHeard::ControlSendFailed(error)) => DestinationInput::ControlSendFailed(error),
             Heard::Lane(_, LaneHeard::ControlSent) => return,
             Heard::Hashed(digest, took) => DestinationInput::Verified { digest, took },
         };
@@ -337,7 +337,9 @@ impl DestinationHost {
             let Heard::Lane(generation, heard) = heard else { continue };
             let ended = matches!(
                 heard,
-                LaneHeard::ControlSent | LaneHeard::ControlBroken(_) | LaneHeard::Received(Received::ControlBroken(_))
+                LaneHeard::ControlSent
+                    | LaneHeard::ControlSendFailed(_)
+                    | LaneHeard::Received(Received::ControlBroken(_))
             );
             if ended && generation == self.generation {
                 return self.close(ctx);

@@ -62,7 +62,9 @@ enum Heard {
 #[derive(Debug)]
 enum ControlHeard {
     Message(Message),
+    /// The receiving half has ended; nothing follows.
     Broken(Error),
+    SendFailed(Error),
     Sent,
 }
 
@@ -377,6 +379,9 @@ impl SourceHost {
             Heard::DialFailed(error) | Heard::Control(_, ControlHeard::Broken(error)) => {
                 self.tell(ctx, SourceInput::LinkLost(error));
             }
+            Heard::Control(_, ControlHeard::SendFailed(error)) => {
+                self.tell(ctx, SourceInput::ControlSendFailed(error));
+            }
             Heard::Control(_, ControlHeard::Sent) => {}
             Heard::DataLaneBroken(error) => self.tell(ctx, SourceInput::DataLaneLost(error)),
             Heard::LaneFlushed => self.on_flushed(ctx),
@@ -403,8 +408,9 @@ impl SourceHost {
                 self.dialling = Some((count, Vec::new()));
                 self.dial_next(ctx);
             }
-            SourceAction::SendRound(round) => {
-                self.planner = Some(Planner::new(round));
+            SourceAction::SendRound { round, hold } => {
+                let planner = hold.map_or_else(|| Planner::new(round), |hold| Planner::patient(round, hold));
+                self.planner = Some(planner);
                 self.stage = Stage::Planning;
                 self.round_tally = Tally::default();
                 self.plan(ctx);
@@ -449,8 +455,9 @@ impl SourceHost {
 
     fn hear_farewell(&mut self, ctx: &mut Context) {
         while let Some(heard) = self.inbox.pop_front() {
-            let Heard::Control(lane, ControlHeard::Sent | ControlHeard::Broken(_)) = heard else { continue };
-            if Some(lane) == self.control_lane() {
+            let Heard::Control(lane, heard) = heard else { continue };
+            let ended = matches!(heard, ControlHeard::Sent | ControlHeard::SendFailed(_) | ControlHeard::Broken(_));
+            if ended && Some(lane) == self.control_lane() {
                 return self.close(ctx);
             }
         }

@@ -4,6 +4,7 @@
 
 use std::ops::Range;
 
+use super::bitmap::for_each_word;
 use super::{DirtySink, PageBitmap};
 use crate::memory::{Layout, RegionId, Transfer};
 use crate::units::{PAGE_SIZE, PAGES_PER_WORD, PageNumber, PageRun};
@@ -14,13 +15,21 @@ pub struct Accumulator {
     layout: Layout,
     dirty: PageBitmap,
     in_flight: PageBitmap,
+    /// Dirty, and armed all the same: a report says that they were written once more. Of others it says
+    /// nothing, since trackers report a page until it is armed.
+    watched: PageBitmap,
+    /// Watched, and reported since.
+    rewritten: PageBitmap,
+    /// Sent in the last round, and in the one before.
+    sent: [PageBitmap; 2],
 }
 
 impl Accumulator {
     /// Nothing dirty, nothing in flight.
     pub fn new(layout: Layout) -> Self {
-        let page_space = layout.page_space();
-        Self { layout, dirty: PageBitmap::new(page_space), in_flight: PageBitmap::new(page_space) }
+        let none = || PageBitmap::new(layout.page_space());
+        let (dirty, in_flight, watched, rewritten, sent) = (none(), none(), none(), none(), [none(), none()]);
+        Self { layout, dirty, in_flight, watched, rewritten, sent }
     }
 
     /// The layout whose pages these are.
@@ -43,14 +52,35 @@ impl Accumulator {
         &self.dirty
     }
 
+    /// Dirty pages of a word that are about to be armed, to see whether they are written again while they
+    /// wait.
+    pub(crate) fn watch(&mut self, word: u64, bits: u64) {
+        self.rewritten.remove_word(word, bits);
+        self.watched.insert_word(word, bits);
+    }
+
+    /// Pages of a word that were written again while they were watched.
+    pub(crate) fn rewritten_word(&self, word: u64) -> u64 {
+        self.rewritten.word(word)
+    }
+
+    /// Pages of a word that were sent in each of the last two rounds.
+    pub(crate) fn steadily_sent_word(&self, word: u64) -> u64 {
+        self.sent[0].word(word) & self.sent[1].word(word)
+    }
+
     /// Moves the given pages of a bitmap word from dirty to in flight.
     pub(crate) fn take_word(&mut self, word: u64, bits: u64) {
+        self.watched.remove_word(word, bits);
+        self.rewritten.remove_word(word, bits);
         self.dirty.remove_word(word, bits);
         self.in_flight.insert_word(word, bits);
     }
 
     /// The destination holds everything that was in flight.
     pub fn acknowledge(&mut self) {
+        self.sent.swap(0, 1);
+        std::mem::swap(&mut self.sent[0], &mut self.in_flight);
         self.in_flight.clear();
     }
 
@@ -64,6 +94,11 @@ impl Accumulator {
     pub fn give_back(&mut self, run: PageRun) {
         self.in_flight.remove_run(run);
         self.dirty.insert_run(run);
+    }
+
+    fn mark_word(&mut self, word: u64, bits: u64) {
+        self.rewritten.insert_word(word, bits & self.watched.word(word));
+        self.dirty.insert_word(word, bits);
     }
 
     /// The pages of a region that travel: none when its content stays.
@@ -90,7 +125,7 @@ impl DirtySink for Accumulator {
             }
             let valid = end - word_start;
             let mask = if valid >= PAGES_PER_WORD { !0 } else { (1 << valid) - 1 };
-            self.dirty.insert_word(word, bits & mask);
+            self.mark_word(word, bits & mask);
         }
     }
 
@@ -100,7 +135,8 @@ impl DirtySink for Accumulator {
         };
         let end = pages.end.min(all.count);
         if pages.start < end {
-            self.dirty.insert_run(PageRun { first: PageNumber(all.first.0 + pages.start), count: end - pages.start });
+            let run = PageRun { first: PageNumber(all.first.0 + pages.start), count: end - pages.start };
+            for_each_word(run, |word, bits| self.mark_word(word, bits));
         }
     }
 

@@ -40,6 +40,11 @@ impl PageBitmap {
         self.words.get(word).is_some_and(|bits| bits >> (page.0 % PAGES_PER_WORD) & 1 == 1)
     }
 
+    /// The bits of word number `word`; none past the end.
+    pub fn word(&self, word: u64) -> u64 {
+        self.words.get(word as usize).copied().unwrap_or_default()
+    }
+
     /// Adds the pages whose bits are set in `bits`, of word number `word`. Words past the end are ignored.
     pub fn insert_word(&mut self, word: u64, bits: u64) {
         let index = word as usize;
@@ -124,7 +129,7 @@ impl PageBitmap {
 }
 
 /// Splits a run of pages at word boundaries.
-fn for_each_word(run: PageRun, mut visit: impl FnMut(u64, u64)) {
+pub(super) fn for_each_word(run: PageRun, mut visit: impl FnMut(u64, u64)) {
     let mut page = run.first.0;
     let end = run.end();
     while page < end {

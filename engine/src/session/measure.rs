@@ -50,6 +50,15 @@ impl Forecast {
         HANDOVER_OVERHEAD + self.time_for(bytes)
     }
 
+    /// How many pages can be sent within a time; 0 until a round has told.
+    pub(super) fn pages_within(&self, time: Duration) -> u64 {
+        if !self.told {
+            return 0;
+        }
+        let per_page = self.bytes_per_page.max(64.0);
+        (self.wire_rate * time.as_secs_f64() / per_page) as u64
+    }
+
     fn time_for(&self, bytes: f64) -> Duration {
         let rate = if self.told { self.wire_rate.max(1.0) } else { self.wire_rate.max(UNKNOWN_RATE) };
         Duration::from_secs_f64((bytes / rate).min(1e9))

@@ -105,9 +105,11 @@ struct ReceiveHalf(Receiver<Vec<u8>>, Arc<AtomicBool>);
 impl LaneReceiver for ReceiveHalf {
     fn receive(&mut self, frame: &mut FrameBuffer) -> io::Result<()> {
         loop {
+            // Looked at first: what was sent before the lane was closed is there then.
+            let closed = self.1.load(Ordering::Acquire);
             match self.0.recv_timeout(CLOSE_POLL) {
                 Ok(message) => return frame.fill(&message),
-                Err(RecvTimeoutError::Timeout) if !self.1.load(Ordering::Acquire) => {}
+                Err(RecvTimeoutError::Timeout) if !closed => {}
                 Err(_) => return Err(io::ErrorKind::UnexpectedEof.into()),
             }
         }

@@ -23,6 +23,7 @@ fn a_bad_argument_ends_with_code_2_and_says_what_would_be_right() {
         ("send", "--to"),
         ("send --to nowhere", "192.0.2.7:7000"),
         ("send --to [::1]:1 --initrd x", "--kernel"),
+        ("demo --image x --mix zero=100", "cannot be used with"),
         ("send --to [::1]:1 --on-key --on-signal", "cannot be used with"),
         ("receive", "--listen"),
         ("fly", "subcommand"),

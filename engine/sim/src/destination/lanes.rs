@@ -144,7 +144,7 @@ impl DestinationHost {
     pub(super) fn on_said(&mut self, ctx: &mut Context, index: usize, said: Option<Said>) {
         let heard = match said {
             Some(Said::AllSent) => LaneHeard::ControlSent,
-            Some(Said::Broken(error)) => LaneHeard::ControlBroken(error),
+            Some(Said::Broken(error)) => LaneHeard::ControlSendFailed(error),
             Some(Said::Flushed) | None => return,
         };
         self.hear(ctx, Heard::Lane(self.generations[index], heard));

@@ -97,6 +97,11 @@ impl SourceHost {
 
     pub(super) fn harvest(&mut self, point: Point) -> VmResult<SourceInput> {
         self.tracker.harvest(point, &mut self.dirty)?;
+        if let Some(planner) = &mut self.planner {
+            let tracker = &mut self.tracker;
+            let mut rearm = |region, first, words: &[u64]| tracker.rearm(region, first, words);
+            planner.watch_ahead(&mut self.dirty, &mut rearm)?;
+        }
         if let Some(encoders) = &self.encoders {
             encoders.shared.bases.note_dirty(|page| self.dirty.dirty().contains(page));
         }

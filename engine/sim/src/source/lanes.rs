@@ -129,7 +129,7 @@ impl SourceHost {
         let heard = match (said, control) {
             (Some(Said::Flushed), _) => Heard::LaneFlushed,
             (Some(Said::AllSent), Some(lane)) => Heard::Control(lane, ControlHeard::Sent),
-            (Some(Said::Broken(error)), Some(lane)) => Heard::Control(lane, ControlHeard::Broken(error)),
+            (Some(Said::Broken(error)), Some(lane)) => Heard::Control(lane, ControlHeard::SendFailed(error)),
             (Some(Said::Broken(error)), None) => Heard::DataLaneBroken(error),
             _ => return,
         };

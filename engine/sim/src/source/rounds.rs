@@ -80,6 +80,7 @@ impl SourceHost {
             self.stage = Stage::Planning;
             self.plan(ctx);
         } else {
+            self.codings.spared += planner.spared();
             self.planner = None;
             self.tell(ctx, SourceInput::RoundFlushed(self.round_tally));
         }

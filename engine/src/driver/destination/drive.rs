@@ -162,6 +162,11 @@ impl<'a> Driver<'a> {
                 LaneEvent::RoundComplete(round, digest) => DestinationInput::RoundComplete { round, digest },
                 LaneEvent::PlacingFailed(error) => DestinationInput::Failed(error),
                 LaneEvent::ControlBroken(error) => DestinationInput::LinkLost(error),
+                LaneEvent::ControlSendFailed(error) => {
+                    // Nobody is left to wait for.
+                    self.messages = None;
+                    DestinationInput::ControlSendFailed(error)
+                }
                 LaneEvent::ControlSent => return,
                 LaneEvent::DataLaneBroken(error) => DestinationInput::DataLaneLost(error),
             },
@@ -284,8 +289,12 @@ impl<'a> Driver<'a> {
         if self.messages.take().is_some() {
             let deadline = Instant::now() + FAREWELL;
             while let Ok(event) = self.events.1.recv_deadline(deadline) {
-                let ended = matches!(event, DestinationEvent::Lane(generation, LaneEvent::ControlSent | LaneEvent::ControlBroken(_)) if generation == self.generation);
-                if ended {
+                let DestinationEvent::Lane(generation, event) = event else { continue };
+                let ended = matches!(
+                    event,
+                    LaneEvent::ControlSent | LaneEvent::ControlSendFailed(_) | LaneEvent::ControlBroken(_)
+                );
+                if ended && generation == self.generation {
                     break;
                 }
             }

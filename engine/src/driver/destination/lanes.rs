@@ -63,7 +63,7 @@ impl Driver<'_> {
         self.spawn(ThreadRole::Control, move || {
             let event = match run_control_lane(sender, &inbox, None) {
                 Ok(()) => LaneEvent::ControlSent,
-                Err(error) => LaneEvent::ControlBroken(error),
+                Err(error) => LaneEvent::ControlSendFailed(error),
             };
             let _ = events.send(DestinationEvent::Lane(generation, event));
         })

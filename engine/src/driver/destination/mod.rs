@@ -139,7 +139,9 @@ pub(super) enum LaneEvent {
     Message(Message),
     RoundComplete(u32, Digest),
     PlacingFailed(Error),
+    /// The receiving half of the control lane has ended; nothing follows.
     ControlBroken(Error),
+    ControlSendFailed(Error),
     ControlSent,
     DataLaneBroken(Error),
 }

@@ -205,6 +205,14 @@ impl<'a> Driver<'a> {
             SourceEvent::Control(generation, _) if generation != self.generation => {}
             SourceEvent::Control(_, ControlEvent::Message(message)) => self.tell(SourceInput::Message(message)),
             SourceEvent::Control(_, ControlEvent::Broken(error)) => self.tell(SourceInput::LinkLost(error)),
+            SourceEvent::Control(_, ControlEvent::SendFailed(error)) => {
+                // Nobody is left to wait for.
+                self.messages = None;
+                self.tell(match error {
+                    Error::Memory(_) => SourceInput::Failed(error),
+                    error => SourceInput::ControlSendFailed(error),
+                });
+            }
             SourceEvent::Control(_, ControlEvent::Sent) => {}
             SourceEvent::DataLaneBroken(error) => self.tell(SourceInput::DataLaneLost(error)),
             SourceEvent::LaneFlushed => self.on_flushed(),
@@ -247,8 +255,9 @@ impl<'a> Driver<'a> {
             }
             SourceAction::OpenLanes(count) => self.dial_lanes(count),
             SourceAction::StartTracking => self.start_tracking(),
-            SourceAction::SendRound(round) => {
-                self.planner = Some(Planner::new(round));
+            SourceAction::SendRound { round, hold } => {
+                let planner = hold.map_or_else(|| Planner::new(round), |hold| Planner::patient(round, hold));
+                self.planner = Some(planner);
                 self.stage = Stage::Planning;
                 self.round_tally = Tally::default();
                 self.meter.begin_round(round, self.dirty.dirty_pages(), &self.counters);
@@ -345,7 +354,12 @@ impl<'a> Driver<'a> {
     }
 
     pub(super) fn harvest(&mut self, point: Point) {
-        let result = self.vm.dirty().harvest(point, &mut self.dirty);
+        let mut result = self.vm.dirty().harvest(point, &mut self.dirty);
+        if let (Ok(()), Some(planner)) = (&result, &mut self.planner) {
+            let tracker = self.vm.dirty();
+            let mut rearm = |region, first, words: &[u64]| tracker.rearm(region, first, words);
+            result = planner.watch_ahead(&mut self.dirty, &mut rearm);
+        }
         let dirty_pages = self.dirty.dirty_pages();
         if let Some(shared) = &self.shared {
             shared.bases.note_dirty(|page| self.dirty.dirty().contains(page));
@@ -446,6 +460,8 @@ impl<'a> Driver<'a> {
             self.stage = Stage::Planning;
             self.plan();
         } else {
+            self.round_tally.stages.spared_pages = planner.spared();
+            self.stages.spared_pages += planner.spared();
             self.planner = None;
             self.tell(SourceInput::RoundFlushed(self.round_tally));
         }
@@ -493,8 +509,9 @@ impl<'a> Driver<'a> {
         if self.messages.take().is_some() {
             let deadline = Instant::now() + FAREWELL;
             while let Ok(event) = self.events.1.recv_deadline(deadline) {
-                let ended = matches!(event, SourceEvent::Control(generation, ControlEvent::Sent | ControlEvent::Broken(_)) if generation == self.generation);
-                if ended {
+                let SourceEvent::Control(generation, event) = event else { continue };
+                let ended = matches!(event, ControlEvent::Sent | ControlEvent::SendFailed(_) | ControlEvent::Broken(_));
+                if ended && generation == self.generation {
                     break;
                 }
             }

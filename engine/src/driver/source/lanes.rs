@@ -51,7 +51,7 @@ impl Driver<'_> {
         let send = move || {
             let event = match run_control_lane(sender, &inbox, duty) {
                 Ok(()) => ControlEvent::Sent,
-                Err(error) => ControlEvent::Broken(error),
+                Err(error) => ControlEvent::SendFailed(error),
             };
             let _ = events.send(SourceEvent::Control(generation, event));
         };

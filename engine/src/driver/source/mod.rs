@@ -170,7 +170,9 @@ impl Source {
 /// What the threads of a control lane tell the driver.
 pub(super) enum ControlEvent {
     Message(Message),
+    /// The receiving half has ended; nothing follows.
     Broken(Error),
+    SendFailed(Error),
     Sent,
 }
 

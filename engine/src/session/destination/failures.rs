@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::super::Outcome;
 use super::{DestinationAction, DestinationSession, Phase};
 use crate::error::Error;
-use crate::limits::WORK_FACTOR;
+use crate::limits::{REASON_GRACE, WORK_FACTOR};
 use crate::stats::Event;
 use crate::wire::{Message, Owner};
 
@@ -92,13 +92,42 @@ impl DestinationSession {
             Phase::Ready | Phase::Starting | Phase::AwaitDone | Phase::GivenBack => {
                 if self.link_up {
                     self.link_up = false;
+                    self.lane_loss = None;
                     self.lost_at = now;
                     self.link_error = Some(error);
                     self.act(DestinationAction::CloseLanes);
                 }
             }
+            Phase::AwaitReason => {
+                // An end that says nothing new: what broke first says more.
+                let first = self.lane_loss.take().filter(|_| matches!(error, Error::LaneBroken { .. }));
+                self.give_up(first.map_or(error, |(first, _)| first));
+            }
             _ => self.give_up(error),
         }
+    }
+
+    /// The source has closed the lane, or the link broke: what it said before that is still to be read.
+    pub(super) fn lose_sending_half(&mut self, now: Duration, error: Error) {
+        match self.phase {
+            Phase::Waiting | Phase::AwaitOffer | Phase::Ended => self.lose_link(now, error),
+            Phase::Ready | Phase::Starting | Phase::AwaitDone | Phase::GivenBack => self.await_reason(now, error),
+            Phase::MakingRoom | Phase::Receiving | Phase::Verifying | Phase::Loading | Phase::AwaitReason => {
+                self.await_reason(now, error);
+                self.phase = Phase::AwaitReason;
+            }
+        }
+    }
+
+    fn hear_no_reason(&mut self, now: Duration, error: Error) {
+        match self.phase {
+            Phase::Receiving | Phase::AwaitReason => self.refuse_on(error),
+            _ => self.lose_link(now, error),
+        }
+    }
+
+    pub(super) fn await_reason(&mut self, now: Duration, error: Error) {
+        self.lane_loss.get_or_insert((error, now.saturating_add(REASON_GRACE)));
     }
 
     pub(super) fn end(&mut self, outcome: Outcome) {
@@ -119,9 +148,9 @@ impl DestinationSession {
                 let peer = self.peer.clone();
                 self.refuse_on(Error::PeerSilent { peer, what: "opened all its lanes", silence });
             }
-            Phase::Receiving if self.lane_loss.as_ref().is_some_and(|(_, deadline)| now >= *deadline) => {
+            _ if self.link_up && self.lane_loss.as_ref().is_some_and(|(_, deadline)| now >= *deadline) => {
                 if let Some((error, _)) = self.lane_loss.take() {
-                    self.refuse_on(error);
+                    self.hear_no_reason(now, error);
                 }
             }
             _ if self.link_up => {

@@ -71,8 +71,10 @@ pub enum DestinationInput {
     },
     /// The last action failed.
     Failed(Error),
-    /// The control lane broke.
+    /// The control lane broke, and all that came on it was delivered.
     LinkLost(Error),
+    /// The control lane takes nothing any more; `LinkLost` follows when all that came on it was delivered.
+    ControlSendFailed(Error),
     /// A data lane broke.
     DataLaneLost(Error),
     /// The user wants the end.
@@ -90,7 +92,7 @@ pub enum DestinationAction {
     Drop(LaneKey),
     /// Close all lanes of the migration; new ones may come.
     CloseLanes,
-    /// Send a message on the control lane. A failure comes as `LinkLost`.
+    /// Send a message on the control lane. A failure comes as `ControlSendFailed`.
     Send(Message),
     /// Ask the VMM for room; answer `RoomMade` or `RoomRefused`.
     MakeRoom(Box<Offer>),
@@ -134,6 +136,8 @@ pub enum Phase {
     AwaitDone,
     /// The guest was given up around Commit; the source may not know yet.
     GivenBack,
+    /// The migration has failed before Prepared, and the source may have said why.
+    AwaitReason,
     /// Over.
     Ended,
 }

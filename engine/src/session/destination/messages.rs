@@ -39,6 +39,8 @@ impl DestinationSession {
                 let peer = self.peer.clone();
                 self.give_up(Error::PeerAborted { peer, reason });
             }
+            // Said before the source knew that it is over.
+            (Phase::AwaitReason, _) => {}
             (phase, message) => {
                 let kind = format!("{message:?}");
                 let name = kind.split(['(', ' ', '{']).next().unwrap_or("a message");
@@ -91,6 +93,7 @@ impl DestinationSession {
             return self.refuse_on(Error::DigestMismatch { check: "digest of all pages received", ours, theirs });
         }
         self.prepared.digest = self.digest;
+        self.lane_loss = None;
         // What comes after Finish is no part of what was proved.
         self.act(DestinationAction::StopPlacing);
         if self.verify == Verify::Full {

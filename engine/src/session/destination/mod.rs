@@ -17,7 +17,7 @@ use super::Outcome;
 use crate::config::Verify;
 use crate::digest::Digest;
 use crate::error::Error;
-use crate::limits::{GREETING_TIMEOUT, REASON_GRACE};
+use crate::limits::GREETING_TIMEOUT;
 use crate::stats::Report;
 use crate::wire::{
     Finish, Greeting, GreetingRole, Message, Owner, PROTOCOL_MAX, PROTOCOL_MIN, Prepared, Refusal, SessionId,
@@ -41,7 +41,7 @@ pub struct DestinationSession {
     last_heard: Duration,
     link_up: bool,
     link_error: Option<Error>,
-    /// A data lane's end, and until when the control lane may still tell the reason.
+    /// What broke first, and until when the control lane may still tell the reason.
     lane_loss: Option<(Error, Duration)>,
     lost_at: Duration,
     /// When the source must have taken its next step in opening the migration.
@@ -126,8 +126,7 @@ impl DestinationSession {
             Phase::Waiting => self.setup.config.wait_for_source,
             _ if self.link_up => {
                 let silence = self.last_heard.saturating_add(self.setup.config.peer_timeout);
-                let lane_loss = self.lane_loss.as_ref().filter(|_| self.phase == Phase::Receiving);
-                let lane_loss = lane_loss.map_or(silence, |(_, deadline)| silence.min(*deadline));
+                let lane_loss = self.lane_loss.as_ref().map_or(silence, |(_, deadline)| silence.min(*deadline));
                 let opening = self.opening_deadline.map_or(lane_loss, |deadline| lane_loss.min(deadline));
                 Some(opening.min(self.stall_deadline()))
             }
@@ -172,9 +171,8 @@ impl DestinationSession {
             DestinationInput::Progress => self.heard(now),
             DestinationInput::DoorBroken(error) => self.on_door_broken(error),
             DestinationInput::LinkLost(error) => self.lose_link(now, error),
-            DestinationInput::DataLaneLost(error) if self.phase == Phase::Receiving => {
-                self.lane_loss.get_or_insert((error, now + REASON_GRACE));
-            }
+            DestinationInput::ControlSendFailed(error) => self.lose_sending_half(now, error),
+            DestinationInput::DataLaneLost(error) if self.phase == Phase::Receiving => self.await_reason(now, error),
             // Once everything is here, nothing is expected on data lanes any more.
             DestinationInput::Tick | DestinationInput::DataLaneLost(_) => {}
             DestinationInput::Cancel => self.cancel(now),
@@ -209,7 +207,8 @@ impl DestinationSession {
                 self.expect_lanes(now);
                 self.act(DestinationAction::Adopt(lane, greeting.role));
             }
-            GreetingRole::Settle if known => self.on_settle(now, lane),
+            // Who has offered nothing has nothing to settle.
+            GreetingRole::Settle if known && self.phase != Phase::AwaitOffer => self.on_settle(now, lane),
             GreetingRole::Data(_) | GreetingRole::Settle => self.act(DestinationAction::Drop(lane)),
         }
     }
@@ -258,6 +257,7 @@ impl DestinationSession {
     /// Answers on a lane of its own, and listens there for the source's Done.
     fn answer_settle(&mut self, now: Duration, lane: LaneKey, owner: Owner) {
         self.link_up = true;
+        self.lane_loss = None;
         self.heard(now);
         self.act(DestinationAction::Adopt(lane, GreetingRole::Settle));
         self.act(DestinationAction::Send(Message::Settled(owner)));

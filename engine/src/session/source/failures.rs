@@ -5,8 +5,9 @@ use std::time::Duration;
 use super::super::Outcome;
 use super::{SourceAction, SourceInput, SourceSession, State};
 use crate::config::OnTimeout;
+use crate::dirty::Point;
 use crate::error::Error;
-use crate::limits::{REASON_GRACE, SETTLE_RETRY, WORK_FACTOR};
+use crate::limits::{HARVEST_EVERY, REASON_GRACE, SETTLE_RETRY, WORK_FACTOR};
 use crate::stats::Event;
 use crate::vm::Step;
 use crate::wire::Message;
@@ -41,16 +42,37 @@ impl SourceSession {
                 self.settle_retry_at = now;
                 self.state = State::Settling;
             }
+            State::AwaitReason => {
+                // An end that says nothing new: what broke first says more.
+                let first = self.lane_loss.take().filter(|_| matches!(error, Error::LaneBroken { .. }));
+                self.fail(now, first.map_or(error, |(first, _)| first));
+            }
             _ => self.fail(now, error),
+        }
+    }
+
+    /// The peer has closed the lane, or the link broke: what it said before that is still to be read.
+    pub(super) fn lose_sending_half(&mut self, now: Duration, error: Error) {
+        match self.state {
+            State::Settling => self.lose_link(now, error),
+            State::AwaitRunning => self.await_reason(now, error),
+            _ => {
+                self.await_reason(now, error);
+                self.state = State::AwaitReason;
+            }
         }
     }
 
     /// A peer that gives up closes its lanes; why, stands on the control lane.
     pub(super) fn lose_data_lane(&mut self, now: Duration, error: Error) {
         let needed = !self.committed() && self.state != State::AwaitPrepared && self.state != State::HandingOver;
-        if needed && self.lane_loss.is_none() {
-            self.lane_loss = Some((error, now + REASON_GRACE));
+        if needed {
+            self.await_reason(now, error);
         }
+    }
+
+    fn await_reason(&mut self, now: Duration, error: Error) {
+        self.lane_loss.get_or_insert((error, now.saturating_add(REASON_GRACE)));
     }
 
     /// Ends the migration with the guest here, unless Commit may have left.
@@ -103,15 +125,15 @@ impl SourceSession {
         match self.state {
             State::Ended => {}
             State::Settling => self.check_settling(now),
-            State::AwaitRunning if now >= self.silence_deadline().min(self.stall_deadline()) => {
-                let error = self.silent("answered to Commit", now.saturating_sub(self.last_heard));
-                self.lose_link(now, error);
-                self.check_settling(now);
-            }
             _ if self.lane_loss.as_ref().is_some_and(|(_, deadline)| now >= *deadline) => {
                 if let Some((error, _)) = self.lane_loss.take() {
                     self.fail(now, error);
                 }
+            }
+            State::AwaitRunning if now >= self.silence_deadline().min(self.stall_deadline()) => {
+                let error = self.silent("answered to Commit", now.saturating_sub(self.last_heard));
+                self.lose_link(now, error);
+                self.check_settling(now);
             }
             _ if now >= self.silence_deadline() => {
                 let error = self.silent("said anything", now.saturating_sub(self.last_heard));
@@ -122,6 +144,10 @@ impl SourceSession {
                 self.fail(now, error);
             }
             _ if self.guest_runs() && now >= self.setup.config.timeout => self.time_out(now),
+            _ if self.watches_round() && now >= self.harvest_due => {
+                self.harvest_due = now + HARVEST_EVERY;
+                self.act(SourceAction::Harvest(Point::Running));
+            }
             _ => {}
         }
     }

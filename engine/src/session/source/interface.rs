@@ -80,8 +80,10 @@ pub enum SourceInput {
     StepDone,
     /// The last action failed. The control lane may be sound.
     Failed(Error),
-    /// The control lane broke.
+    /// The control lane broke, and all that came on it was delivered.
     LinkLost(Error),
+    /// The control lane takes nothing any more; `LinkLost` follows when all that came on it was delivered.
+    ControlSendFailed(Error),
     /// A data lane broke.
     DataLaneLost(Error),
     /// The VMM cannot throttle.
@@ -101,20 +103,26 @@ pub enum SourceAction {
     Dial,
     /// Open a fresh control lane to ask who owns the guest; answer `Dialled` or `LinkLost`.
     DialSettle,
-    /// Send a message on the control lane. A failure comes as `LinkLost`.
+    /// Send a message on the control lane. A failure comes as `ControlSendFailed`.
     Send(Message),
     /// Open data lanes; answer `LanesOpen` or `LinkLost`.
     OpenLanes(u16),
     /// Start tracking and mark populated pages dirty; answer `Tracking` or `Failed`.
     StartTracking,
     /// Plan and send all dirty pages; answer `RoundQueued`, and `RoundFlushed` later.
-    SendRound(u32),
+    SendRound {
+        /// The round.
+        round: u32,
+        /// Pages that may be left for the next round because the guest writes them again and again;
+        /// `None` in a round after which no other is certain to come: the guest stands still.
+        hold: Option<u64>,
+    },
     /// Stop planning; what was not handed to a lane is dirty again. `RoundQueued` and
     /// `RoundFlushed` come as usual.
     AbandonRound,
     /// The destination holds all that was in flight.
     Acknowledge,
-    /// Take dirty bits; answer `Harvested` or `Failed`.
+    /// Take dirty bits; answer `Harvested` or `Failed`. May come while a round is under way.
     Harvest(Point),
     /// Slow the vCPUs down by so many per cent; `ThrottleRefused` if the VMM cannot.
     Throttle(u8),

@@ -21,7 +21,7 @@ impl SourceSession {
                 }
             }
             (State::AwaitWelcome, Message::Welcome { version }) => self.on_welcome(now, version),
-            (State::AwaitWelcome | State::AwaitAccept, Message::Refuse(refusal)) => {
+            (State::AwaitWelcome | State::AwaitAccept | State::AwaitReason, Message::Refuse(refusal)) => {
                 let error = self.refused(refusal);
                 self.fail(now, error);
             }
@@ -50,6 +50,8 @@ impl SourceSession {
                 let peer = self.peer.clone();
                 self.fail(now, Error::PeerAborted { peer, reason });
             }
+            // Said before the peer knew that it is over.
+            (State::AwaitReason, _) => {}
             (state, message) => {
                 let what = format!("it sent {message:?} while this side was in state {state:?}");
                 let peer = self.peer.clone();

@@ -43,6 +43,8 @@ enum State {
     HandingOver,
     AwaitRunning,
     Settling,
+    /// The migration has failed, and the peer may have said why.
+    AwaitReason,
     Ended,
 }
 
@@ -65,6 +67,8 @@ pub struct SourceSession {
     round_queued: bool,
     round_flushed: bool,
     round_acked: bool,
+    /// When the dirty bits are to be looked at again while a round is under way.
+    harvest_due: Duration,
     dirty_after_save: u64,
     forecast: Forecast,
     throttle: u8,
@@ -78,7 +82,7 @@ pub struct SourceSession {
     settle_since: Duration,
     settle_retry_at: Duration,
     settle_error: Option<Error>,
-    /// A data lane's end, and until when the control lane may still tell the reason.
+    /// What broke first, and until when the control lane may still tell the reason.
     lane_loss: Option<(Error, Duration)>,
     /// Only here to ask about an earlier migration.
     asking: bool,
@@ -104,6 +108,7 @@ impl SourceSession {
             round_queued: false,
             round_flushed: false,
             round_acked: false,
+            harvest_due: Duration::ZERO,
             dirty_after_save: 0,
             forecast: Forecast::default(),
             throttle: 0,
@@ -162,7 +167,8 @@ impl SourceSession {
             _ => {
                 let total = if self.guest_runs() { self.setup.config.timeout } else { Duration::MAX };
                 let lane_loss = self.lane_loss.as_ref().map_or(Duration::MAX, |(_, deadline)| *deadline);
-                Some(total.min(self.silence_deadline()).min(self.stall_deadline()).min(lane_loss))
+                let harvest = if self.watches_round() { self.harvest_due } else { Duration::MAX };
+                Some(total.min(self.silence_deadline()).min(self.stall_deadline()).min(lane_loss).min(harvest))
             }
         }
     }
@@ -200,6 +206,7 @@ impl SourceSession {
             SourceInput::Tick => {}
             SourceInput::Failed(error) => self.fail(now, error),
             SourceInput::LinkLost(error) => self.lose_link(now, error),
+            SourceInput::ControlSendFailed(error) => self.lose_sending_half(now, error),
             SourceInput::DataLaneLost(error) => self.lose_data_lane(now, error),
             SourceInput::Cancel => self.cancel(now),
             SourceInput::SwitchOverNow => self.force_switch(),
@@ -230,6 +237,12 @@ impl SourceSession {
 
     fn committed(&self) -> bool {
         matches!(self.state, State::AwaitRunning | State::Settling)
+    }
+
+    /// Whether pages of the open round are still to be planned while the guest runs: which of them it
+    /// writes meanwhile is worth knowing.
+    fn watches_round(&self) -> bool {
+        self.state == State::Sending && !self.round_queued
     }
 
     /// States before the pause was ordered.

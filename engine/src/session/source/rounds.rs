@@ -9,14 +9,15 @@ use crate::converge::{Decision, Situation};
 use crate::dirty::Point;
 use crate::encode::Tally;
 use crate::error::Error;
-use crate::limits::{MAX_ROUNDS, SETTLE_RETRY};
+use crate::limits::{HARVEST_EVERY, HOLD_SHARE, MAX_ROUNDS, SETTLE_RETRY};
 use crate::stats::Event;
 use crate::vm::Step;
 use crate::wire::{Finish, GreetingRole, Message};
 
 impl SourceSession {
     pub(super) fn on_done(&mut self, now: Duration, input: SourceInput) {
-        if !matches!(input, SourceInput::RoundQueued | SourceInput::RoundFlushed(_)) {
+        let by_the_way = self.state == State::Sending && matches!(input, SourceInput::Harvested { .. });
+        if !by_the_way && !matches!(input, SourceInput::RoundQueued | SourceInput::RoundFlushed(_)) {
             // While the VM was busy on this thread nobody could be heard.
             self.heard(now);
         }
@@ -76,7 +77,9 @@ impl SourceSession {
         self.round = open_round(number, now, stopped, self.throttle);
         (self.round_queued, self.round_flushed, self.round_acked) = (false, false, false);
         self.last_progress = now;
-        self.act(SourceAction::SendRound(number));
+        self.harvest_due = now + HARVEST_EVERY;
+        let hold = (!stopped).then(|| self.forecast.pages_within(self.setup.config.downtime_limit / HOLD_SHARE));
+        self.act(SourceAction::SendRound { round: number, hold });
     }
 
     pub(super) fn on_round_queued(&mut self, now: Duration) {

@@ -9,6 +9,8 @@ use clap::{Args, ValueEnum};
 use super::units::{UnitError, rate, show_bytes, show_count, show_rate, size};
 use crate::workload::params::{self as workload, Mix, Params, Rate};
 
+const DEFAULT_MEMORY: u64 = 1 << 30;
+
 const DEFAULT_MIX: &str = "zero=30,duplicate=10,text=40,random=20";
 
 /// The guest to start.
@@ -18,15 +20,19 @@ pub(crate) struct GuestOptions {
     /// What runs the guest; `auto` takes KVM where the host has it
     #[arg(long, value_name = "KIND", value_enum, default_value_t)]
     pub(crate) guest: GuestKind,
-    /// Memory of the guest
-    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "1G")]
-    pub(crate) memory: u64,
+    /// Memory of the guest; without it, 1G or what the image needs
+    #[arg(long, value_name = "SIZE", value_parser = size)]
+    pub(crate) memory: Option<u64>,
     /// Virtual CPUs
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(1..=254), default_value = "2")]
     pub(crate) vcpus: u32,
     /// What fills the memory, in per cent
     #[arg(long, value_name = "KIND=PERCENT,...", value_parser = mix, default_value = DEFAULT_MIX)]
     pub(crate) mix: Mix,
+    /// Fill the memory from this flat image of a machine's physical memory; such a guest is a process guest that
+    /// writes nothing, and checks its memory by a hash of the file
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["mix", "seed", "rate", "writes", "working_set"])]
+    pub(crate) image: Option<PathBuf>,
     /// Write the zero pages too, so that they exist; without it they are never touched
     #[arg(long)]
     pub(crate) touch_zero: bool,
@@ -63,13 +69,18 @@ pub(crate) struct GuestOptions {
 }
 
 impl GuestOptions {
+    /// Bytes of memory of a guest that is not made of an image.
+    pub(crate) fn memory(&self) -> u64 {
+        self.memory.unwrap_or(DEFAULT_MEMORY)
+    }
+
     /// The workload's own words for these choices.
     pub(crate) fn params(&self) -> Params {
         Params {
             mix: self.mix,
             seed: self.seed.unwrap_or_else(random_seed),
-            working_set: self.working_set.unwrap_or(self.memory / 8).min(self.memory),
-            rate: if self.idle { Rate::BytesPerSecond(0) } else { self.rate },
+            working_set: self.working_set.unwrap_or(self.memory() / 8).min(self.memory()),
+            rate: if self.idle || self.image.is_some() { Rate::BytesPerSecond(0) } else { self.rate },
             writes: self.writes.into(),
             touch_zero: self.touch_zero,
             vcpus: self.vcpus,
@@ -79,7 +90,7 @@ impl GuestOptions {
 
     /// The guest in words.
     pub(crate) fn describe(&self, params: &Params) -> String {
-        let (memory, working_set) = (show_bytes(self.memory), show_bytes(params.working_set));
+        let (memory, working_set) = (show_bytes(self.memory()), show_bytes(params.working_set));
         let writes = match params.rate {
             Rate::BytesPerSecond(0) => "writes nothing".to_owned(),
             Rate::BytesPerSecond(rate) => format!("writes {} over {working_set}", show_rate(rate as f64)),

@@ -43,7 +43,8 @@ Examples:
   migrate demo                                      1 GiB, 2 vCPUs, 20 MiB/s of writes
   migrate demo --memory 4G --rate 200M/s --writes full --lanes 4
   migrate demo --bandwidth 1Gbit/s --verify full    as over a 1 Gbps link, every page hashed again
-  migrate demo --guest process --json               without KVM; the report as the last line";
+  migrate demo --guest process --json               without KVM; the report as the last line
+  migrate demo --image memory.img --verify full     the memory of another machine, dumped to a file";
 
 const RECEIVE_EXAMPLES: &str = "\
 Examples:
@@ -222,7 +223,7 @@ mod tests {
     #[test]
     fn demo_needs_no_option() {
         let Ok(Command::Demo(demo)) = parse("migrate demo") else { panic!("not a demo") };
-        assert_eq!((demo.guest.memory, demo.guest.vcpus), (1 << 30, 2));
+        assert_eq!((demo.guest.memory(), demo.guest.vcpus), (1 << 30, 2));
         assert_eq!(demo.guest.rate, Rate::BytesPerSecond(20 << 20));
     }
 

@@ -8,6 +8,7 @@ use pageferry::memory::{Backing, GuestMemory, Layout};
 use pageferry::vm::{DestinationVm, VmResult};
 
 use super::ProcessGuestError;
+use super::image::Seal;
 use super::ram::Ram;
 use super::state::{Description, State};
 use super::vcpus::Vcpus;
@@ -19,7 +20,7 @@ use crate::workload::params::Params;
 pub(crate) struct ArrivingProcessGuest {
     backing: Backing,
     prefault: bool,
-    prepared: Option<(Ram, Params)>,
+    prepared: Option<(Ram, Params, Option<Vec<u128>>)>,
     /// The guest's threads: held from `load` to `commit`.
     vcpus: Option<Vcpus>,
     running: bool,
@@ -38,20 +39,21 @@ impl ArrivingProcessGuest {
 
 impl DestinationVm for ArrivingProcessGuest {
     fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
-        let params = Description::read(config)?;
+        let (params, image) = Description::read(config)?;
         let ram = Ram::map(layout.clone(), self.backing)?;
         if self.prefault {
             ram.prefault()?;
         }
         let memory = ram.memory();
-        self.prepared = Some((ram, params));
+        self.prepared = Some((ram, params, image));
         Ok(memory)
     }
 
     fn load(&mut self, state: &mut dyn io::Read) -> VmResult<()> {
         let state = State::read(state)?;
-        let (ram, params) = self.prepared.clone().ok_or(ProcessGuestError::NotHere)?;
-        self.vcpus = Some(Vcpus::go_on(ram, params, &state)?);
+        let (ram, params, image) = self.prepared.clone().ok_or(ProcessGuestError::NotHere)?;
+        let seal = image.map(|hashes| Seal::of(params.seed, &hashes));
+        self.vcpus = Some(Vcpus::go_on(ram, params, seal, &state)?);
         Ok(())
     }
 

@@ -2,11 +2,13 @@
 //!
 //! They fill and write it exactly as the guest program under KVM does ([`crate::workload`]), so the
 //! same self-check proves the same things; only that their memory is this process' own and writes
-//! to it are tracked by the host kernel ([`tracker`]). The machine state is a few counters.
+//! to it are tracked by the host kernel ([`tracker`]). The machine state is a few counters. Or memory is
+//! another machine's, from a file ([`image`]): then they write nothing, and a hash proves it.
 
 mod destination;
 mod gate;
 mod heart;
+mod image;
 mod pagemap;
 mod populated;
 mod ram;
@@ -16,6 +18,7 @@ mod tracker;
 mod vcpus;
 
 pub(crate) use destination::ArrivingProcessGuest;
+pub(crate) use image::{Image, ImageError};
 pub(crate) use source::ProcessGuest;
 
 /// Why a process guest could not be started, saved or taken over.
@@ -27,6 +30,12 @@ pub(crate) enum ProcessGuestError {
     /// The engine cannot migrate this layout.
     #[error(transparent)]
     Layout(#[from] pageferry::memory::LayoutError),
+    /// The image that memory is to hold.
+    #[error(transparent)]
+    Image(#[from] ImageError),
+    /// The image is not all in memory yet.
+    #[error("the guest's memory is not filled yet")]
+    NotFilled,
     /// The host did not give the memory.
     #[error("cannot map {} of guest memory: {source}{hint}", crate::cli::units::show_bytes(*bytes))]
     Map {
@@ -80,7 +89,7 @@ mod tests {
     }
 
     fn started(writes: Writes) -> ProcessGuest {
-        let mut guest = ProcessGuest::start(MEMORY, Backing::Anonymous, params(writes)).unwrap();
+        let mut guest = ProcessGuest::start(MEMORY, Backing::Anonymous, params(writes), None).unwrap();
         guest.wait_ready(&|| true).unwrap();
         guest
     }
@@ -139,6 +148,24 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_made_of_an_image_goes_on_elsewhere_and_finds_a_wrong_byte() {
+        let path = std::env::temp_dir().join(format!("image-{}-moves", std::process::id()));
+        std::fs::write(&path, [5; 10_000]).unwrap();
+        let idle = Params { rate: Rate::BytesPerSecond(0), ..params(Writes::Few) };
+        let image = Image::open(&path).unwrap();
+        let mut source = ProcessGuest::start(MEMORY, Backing::Anonymous, idle, Some(image)).unwrap();
+        std::fs::remove_file(path).unwrap();
+        source.wait_ready(&|| true).unwrap();
+        source.pause().unwrap();
+        let (mut destination, memory) = moved(&mut source);
+        destination.commit(false).unwrap();
+        assert_eq!(destination.self_check().unwrap(), SelfCheck::Ok { pages: MEMORY / 4096 });
+        memory.write(RegionId(0), 3 << 20, &[1]).unwrap();
+        let SelfCheck::Wrong(text) = destination.self_check().unwrap() else { panic!("not found") };
+        assert!(text.contains("pages 0x200 to 0x400"), "{text}");
+    }
+
+    #[test]
     fn a_write_that_was_not_copied_is_found() {
         let mut source = started(Writes::Few);
         source.pause().unwrap();
@@ -156,7 +183,7 @@ mod tests {
 
     #[test]
     fn impossible_sizes_and_foreign_descriptions_are_refused() {
-        assert!(ProcessGuest::start(4095, Backing::Anonymous, params(Writes::Few)).is_err());
+        assert!(ProcessGuest::start(4095, Backing::Anonymous, params(Writes::Few), None).is_err());
         let mut destination = ArrivingProcessGuest::new(Backing::Anonymous, false);
         let layout = ram::Ram::layout(MEMORY).unwrap();
         assert!(destination.prepare(b"not a guest", &layout).is_err());

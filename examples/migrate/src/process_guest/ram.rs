@@ -55,6 +55,16 @@ impl Ram {
         self.0.layout().page_count()
     }
 
+    /// Copies bytes out, from a page's first byte on.
+    pub(super) fn read(&self, page: u64, into: &mut [u8]) {
+        self.0.read(RegionId(0), page * PAGE_SIZE as u64, into).expect("the bytes lie inside the guest's memory");
+    }
+
+    /// Copies bytes in, from a page's first byte on.
+    pub(super) fn write(&self, page: u64, from: &[u8]) {
+        self.0.write(RegionId(0), page * PAGE_SIZE as u64, from).expect("the bytes lie inside the guest's memory");
+    }
+
     /// A page, for volatile access.
     ///
     /// The page stays mapped for as long as any `Ram` of this memory lives; use it within that.

@@ -9,6 +9,7 @@ use pageferry::memory::{Backing, GuestMemory};
 use pageferry::vm::{SourceVm, VmResult};
 
 use super::ProcessGuestError;
+use super::image::Image;
 use super::ram::Ram;
 use super::state::{Description, bytes_of};
 use super::tracker::ProcessTracker;
@@ -26,10 +27,18 @@ pub(crate) struct ProcessGuest {
 }
 
 impl ProcessGuest {
-    /// Starts one.
-    pub(crate) fn start(memory: u64, backing: Backing, params: Params) -> Result<Self, ProcessGuestError> {
+    /// Starts one, whose memory comes from the image if there is one.
+    pub(crate) fn start(
+        memory: u64,
+        backing: Backing,
+        params: Params,
+        image: Option<Image>,
+    ) -> Result<Self, ProcessGuestError> {
+        if let Some(image) = &image {
+            image.check_fits(memory)?;
+        }
         let ram = Ram::map(Ram::layout(memory)?, backing)?;
-        let vcpus = Vcpus::boot(ram.clone(), params)?;
+        let vcpus = Vcpus::boot(ram.clone(), params, image)?;
         vcpus.release();
         let tracker = ProcessTracker::new(ram.memory());
         Ok(Self { params, vcpus, tracker, running: true })
@@ -46,7 +55,7 @@ impl SourceVm for ProcessGuest {
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
-        Ok(out.write_all(&bytes_of(&Description::of(&self.params))?)?)
+        Ok(out.write_all(&bytes_of(&Description::of(&self.params, self.vcpus.image_hashes()?))?)?)
     }
 
     fn is_running(&self) -> bool {

@@ -10,7 +10,7 @@ use super::heart::HeartState;
 use crate::workload::params::Params;
 
 /// Raised when either structure changes.
-const VERSION: u16 = 1;
+const VERSION: u16 = 2;
 
 /// Most bytes read of a peer's state: counters of 255 vCPUs are far below.
 const STATE_MAX: u64 = 64 << 10;
@@ -21,14 +21,17 @@ pub(super) struct Description {
     version: u16,
     /// The workload's command line.
     params: String,
+    /// Hashes of the memory image that the guest was made of, if it was.
+    image: Option<Vec<u128>>,
 }
 
 impl Description {
-    pub(super) fn of(params: &Params) -> Self {
-        Self { version: VERSION, params: params.to_string() }
+    pub(super) fn of(params: &Params, image: Option<Vec<u128>>) -> Self {
+        Self { version: VERSION, params: params.to_string(), image }
     }
 
-    pub(super) fn read(bytes: &[u8]) -> Result<Params, ProcessGuestError> {
+    /// The workload, and the hashes of the image.
+    pub(super) fn read(bytes: &[u8]) -> Result<(Params, Option<Vec<u128>>), ProcessGuestError> {
         let what = "description of the guest";
         let described: Self = parse(what, bytes)?;
         let invalid = |why| ProcessGuestError::Invalid { what, why };
@@ -36,7 +39,15 @@ impl Description {
             return Err(invalid(format!("it is of version {}, not {VERSION}", described.version)));
         }
         let params = Params::parse(&described.params).map_err(|bad| invalid(format!("{:?}", bad.0)))?;
-        if params.vcpus > 255 { Err(invalid(format!("{} vCPUs", params.vcpus))) } else { Ok(params) }
+        if params.vcpus > 255 {
+            return Err(invalid(format!("{} vCPUs", params.vcpus)));
+        }
+        match described.image {
+            Some(hashes) if hashes.len() != params.vcpus as usize || !params.is_idle() => {
+                Err(invalid(format!("{} hashes of an image, of a guest that is {params}", hashes.len())))
+            }
+            image => Ok((params, image)),
+        }
     }
 }
 
@@ -76,12 +87,16 @@ fn parse<T: DeserializeOwned>(what: &'static str, bytes: &[u8]) -> Result<T, Pro
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::workload::params::Rate;
 
     #[test]
     fn description_and_state_come_back_as_they_were() {
         let params = Params { seed: 77, vcpus: 3, ..Params::default() };
-        let bytes = bytes_of(&Description::of(&params)).unwrap();
-        assert_eq!(Description::read(&bytes).unwrap(), params);
+        let bytes = bytes_of(&Description::of(&params, None)).unwrap();
+        assert_eq!(Description::read(&bytes).unwrap(), (params, None));
+        let (idle, hashes) = (Params { rate: Rate::BytesPerSecond(0), ..params }, Some(vec![0, 1, u128::MAX]));
+        let bytes = bytes_of(&Description::of(&idle, hashes.clone())).unwrap();
+        assert_eq!(Description::read(&bytes).unwrap(), (idle, hashes));
         let state = State { steps: vec![1, u64::MAX], heart: HeartState::default() };
         let bytes = bytes_of(&state).unwrap();
         assert_eq!(State::read(&mut bytes.as_slice()).unwrap(), state);
@@ -90,10 +105,15 @@ mod tests {
     #[test]
     fn bytes_that_are_cut_or_too_many_or_of_another_version_are_refused() {
         let params = Params::default();
-        let mut bytes = bytes_of(&Description::of(&params)).unwrap();
+        let mut bytes = bytes_of(&Description::of(&params, None)).unwrap();
         assert!(Description::read(&bytes[..bytes.len() - 1]).is_err());
         bytes[0] = 9;
         assert!(Description::read(&bytes).unwrap_err().to_string().contains("version 9"));
+        let idle = Params { rate: Rate::BytesPerSecond(0), vcpus: 2, ..params };
+        for (params, hashes) in [(idle, vec![1]), (idle, vec![1, 2, 3]), (Params { vcpus: 2, ..params }, vec![1, 2])] {
+            let bytes = bytes_of(&Description::of(&params, Some(hashes))).unwrap();
+            assert!(Description::read(&bytes).unwrap_err().to_string().contains("hashes of an image"), "{params}");
+        }
         assert!(State::read(&mut io::repeat(0x80)).is_err());
         assert!(State::read(&mut [0, 0, 0, 0].as_slice()).is_err());
     }

@@ -1,13 +1,15 @@
 //! The threads that stand for vCPUs, and the check of what they wrote.
 
-use std::sync::Arc;
+use std::ops::Range;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::ProcessGuestError;
 use super::gate::Gate;
 use super::heart::{BEAT, Heart, HeartState};
+use super::image::{Image, ImageError, Seal};
 use super::ram::Ram;
 use super::state::State;
 use crate::guest::SelfCheck;
@@ -17,6 +19,8 @@ use crate::workload::sweep::{Pace, Sweep};
 
 /// Steps that no guest reaches: counting on from here cannot overflow.
 const MOST_STEPS: u64 = 1 << 62;
+
+const PANICKED: &str = "the check itself has panicked";
 
 /// A guest's threads. Dropping it ends them.
 #[derive(Debug)]
@@ -30,6 +34,10 @@ pub(super) struct Vcpus {
 struct Work {
     ram: Ram,
     params: Params,
+    /// What proves memory to be an image; without it, memory is the workload's.
+    seal: Option<Seal>,
+    /// Why a vCPU could not fill its share of memory.
+    failed: Mutex<Option<ImageError>>,
     gate: Gate,
     heart: Heart,
     /// Steps made, one counter for each vCPU.
@@ -41,13 +49,20 @@ struct Work {
 
 impl Vcpus {
     /// A new guest: each vCPU fills its share of memory, then writes. Held until [`release`](Self::release).
-    pub(super) fn boot(ram: Ram, params: Params) -> Result<Self, ProcessGuestError> {
+    pub(super) fn boot(ram: Ram, params: Params, image: Option<Image>) -> Result<Self, ProcessGuestError> {
         let steps = vec![0; params.vcpus as usize];
-        Self::start(ram, params, &State { steps, heart: HeartState::default() }, true)
+        let seal = image.is_some().then(|| Seal::open(params.seed, steps.len()));
+        let fill = Filling::Wanted(image);
+        Self::start(ram, params, seal, &State { steps, heart: HeartState::default() }, fill)
     }
 
     /// A guest that arrived: goes on where it was saved. Held until [`release`](Self::release).
-    pub(super) fn go_on(ram: Ram, params: Params, state: &State) -> Result<Self, ProcessGuestError> {
+    pub(super) fn go_on(
+        ram: Ram,
+        params: Params,
+        seal: Option<Seal>,
+        state: &State,
+    ) -> Result<Self, ProcessGuestError> {
         if state.steps.len() != params.vcpus as usize {
             let why = format!("{} counters for {} vCPUs", state.steps.len(), params.vcpus);
             return Err(ProcessGuestError::Invalid { what: "machine state", why });
@@ -56,26 +71,36 @@ impl Vcpus {
             let why = "more writes than any guest can have made".to_owned();
             return Err(ProcessGuestError::Invalid { what: "machine state", why });
         }
-        Self::start(ram, params, state, false)
+        Self::start(ram, params, seal, state, Filling::Done)
     }
 
-    fn start(ram: Ram, params: Params, state: &State, fill: bool) -> Result<Self, ProcessGuestError> {
+    fn start(
+        ram: Ram,
+        params: Params,
+        seal: Option<Seal>,
+        state: &State,
+        filling: Filling,
+    ) -> Result<Self, ProcessGuestError> {
+        let filled = if matches!(filling, Filling::Done) { params.vcpus.into() } else { 0 };
+        let filling = Arc::new(filling);
         let work = Arc::new(Work {
             ram,
             params,
+            seal,
+            failed: Mutex::new(None),
             gate: Gate::held(params.vcpus as usize),
             heart: Heart::resumed(state.heart),
             steps: state.steps.iter().copied().map(AtomicU64::new).collect(),
-            filled: AtomicU64::new(if fill { 0 } else { params.vcpus.into() }),
+            filled: AtomicU64::new(filled),
             started: Instant::now(),
         });
         let mut vcpus = Self { work, threads: Vec::new() };
         for vcpu in 0..params.vcpus {
-            let work = Arc::clone(&vcpus.work);
+            let (work, filling) = (Arc::clone(&vcpus.work), Arc::clone(&filling));
             let builder = std::thread::Builder::new().name(format!("vcpu-{vcpu}"));
             let thread = builder.spawn(move || {
                 let _leaving = Leaving(&work.gate);
-                work.run(vcpu, fill);
+                work.run(vcpu, &filling);
             });
             vcpus.threads.push(thread.map_err(|source| ProcessGuestError::Thread { vcpu, source })?);
         }
@@ -109,7 +134,7 @@ impl Vcpus {
     pub(super) fn wait_ready(&self, go_on: &dyn Fn() -> bool) -> Result<(), ProcessGuestError> {
         while !self.is_ready() {
             if self.work.gate.lost_a_thread() {
-                return Err(ProcessGuestError::Dead);
+                return Err(self.work.failed().take().map_or(ProcessGuestError::Dead, ProcessGuestError::Image));
             }
             if !go_on() {
                 return Err(ProcessGuestError::NotAwaited);
@@ -130,26 +155,56 @@ impl Vcpus {
         State { steps, heart: self.work.heart.save() }
     }
 
+    /// The hashes of the image that memory was filled with, if it was.
+    pub(super) fn image_hashes(&self) -> Result<Option<Vec<u128>>, ProcessGuestError> {
+        let hashes = |seal: &Seal| seal.shares().ok_or(ProcessGuestError::NotFilled);
+        self.work.seal.as_ref().map(hashes).transpose()
+    }
+
     /// Compares every byte of memory with what it must hold; the threads must be held.
     pub(super) fn check(&self) -> SelfCheck {
         if let Some(end) = self.ended() {
             return SelfCheck::Wrong(end);
         }
+        match &self.work.seal {
+            Some(seal) => self.check_image(seal),
+            None => self.check_workload(),
+        }
+    }
+
+    fn check_image(&self, seal: &Seal) -> SelfCheck {
+        let (work, shares) = (&self.work, 0..self.work.params.vcpus);
+        let wrong: Option<Vec<_>> = std::thread::scope(|scope| {
+            let check = |share| {
+                let pages = work.share(share);
+                scope.spawn(move || (!seal.holds(share as usize, pages.clone(), &work.ram)).then_some(pages))
+            };
+            let checkers: Vec<_> = shares.map(check).collect();
+            checkers.into_iter().map(|checker| checker.join().ok()).collect()
+        });
+        match wrong.map(|wrong| wrong.into_iter().flatten().next()) {
+            Some(None) => SelfCheck::Ok { pages: work.ram.page_count() },
+            Some(Some(Range { start, end })) => {
+                SelfCheck::Wrong(format!("pages {start:#x} to {end:#x} do not hold what the memory image held"))
+            }
+            None => SelfCheck::Wrong(PANICKED.to_owned()),
+        }
+    }
+
+    fn check_workload(&self) -> SelfCheck {
         match self.wrong_pages() {
             Some(wrong) if wrong.is_empty() => SelfCheck::Ok { pages: self.work.ram.page_count() },
             Some(wrong) => describe(&wrong),
-            None => SelfCheck::Wrong("the check itself has panicked".to_owned()),
+            None => SelfCheck::Wrong(PANICKED.to_owned()),
         }
     }
 
     /// Every wrong page in order; `None` when the check did not come to its end.
     fn wrong_pages(&self) -> Option<Vec<(u64, Mismatch)>> {
         let generations = self.work.generations();
-        let pages = self.work.ram.page_count();
-        let shares = self.work.params.vcpus.into();
         std::thread::scope(|scope| {
-            let checkers = (0..shares).map(|share| {
-                let range = pages * share / shares..pages * (share + 1) / shares;
+            let checkers = (0..self.work.params.vcpus).map(|share| {
+                let range = self.work.share(share);
                 let generations = &generations;
                 scope.spawn(move || range.filter_map(|page| self.work.check(page, generations)).collect::<Vec<_>>())
             });
@@ -166,6 +221,15 @@ fn describe(wrong: &[(u64, Mismatch)]) -> SelfCheck {
     SelfCheck::Wrong(format!(
         "page {page:#x} at offset {offset}: {found:#018x} instead of {expected:#018x}; {count} wrong pages in all"
     ))
+}
+
+/// What a new guest's memory is filled with.
+#[derive(Debug)]
+enum Filling {
+    /// An image, or else the workload's own content.
+    Wanted(Option<Image>),
+    /// Nothing: the guest came from elsewhere.
+    Done,
 }
 
 /// Tells the gate when a thread ends, however it does.
@@ -188,8 +252,10 @@ impl Drop for Vcpus {
 }
 
 impl Work {
-    fn run(&self, vcpu: u32, fill: bool) {
-        if fill && !self.fill(vcpu) {
+    fn run(&self, vcpu: u32, filling: &Filling) {
+        if let Filling::Wanted(image) = filling
+            && !self.fill(vcpu, image.as_ref())
+        {
             return;
         }
         let sweep = self.sweep(vcpu);
@@ -206,25 +272,54 @@ impl Work {
         }
     }
 
-    /// Brings this vCPU's share of memory to generation 0. `false` if the end came first.
-    fn fill(&self, vcpu: u32) -> bool {
+    /// The pages that a vCPU fills and checks.
+    fn share(&self, vcpu: u32) -> Range<u64> {
         let (pages, vcpu, vcpus) = (self.ram.page_count(), u64::from(vcpu), u64::from(self.params.vcpus));
-        let content = self.params.content();
-        for page in pages * vcpu / vcpus..pages * (vcpu + 1) / vcpus {
-            if !self.gate.pass() {
-                return false;
-            }
-            content.fill(page, self.ram.page(page));
+        pages * vcpu / vcpus..pages * (vcpu + 1) / vcpus
+    }
+
+    /// Brings this vCPU's share of memory to generation 0. `false` if the end came first, or the image failed.
+    fn fill(&self, vcpu: u32, image: Option<&Image>) -> bool {
+        let filled = match (&self.seal, image) {
+            (Some(seal), Some(image)) => self.fill_from(image, seal, vcpu),
+            _ => self.fill_with_workload(vcpu),
+        };
+        if !filled {
+            return false;
         }
         self.filled.fetch_add(1, Ordering::AcqRel);
         // A page must be filled before it is written, whoever fills it.
-        while self.filled.load(Ordering::Acquire) < vcpus {
+        while self.filled.load(Ordering::Acquire) < self.params.vcpus.into() {
             if !self.gate.pass() {
                 return false;
             }
             self.gate.rest(BEAT);
         }
         true
+    }
+
+    fn fill_with_workload(&self, vcpu: u32) -> bool {
+        let content = self.params.content();
+        for page in self.share(vcpu) {
+            if !self.gate.pass() {
+                return false;
+            }
+            content.fill(page, self.ram.page(page));
+        }
+        true
+    }
+
+    fn fill_from(&self, image: &Image, seal: &Seal, vcpu: u32) -> bool {
+        let from = (image, self.params.touch_zero);
+        let filled = seal.fill(vcpu as usize, self.share(vcpu), from, &self.ram, || self.gate.pass());
+        filled.unwrap_or_else(|error| {
+            *self.failed() = Some(error);
+            false
+        })
+    }
+
+    fn failed(&self) -> MutexGuard<'_, Option<ImageError>> {
+        self.failed.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn step(&self, vcpu: u32, sweep: Sweep) {

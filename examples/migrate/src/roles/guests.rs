@@ -23,7 +23,7 @@ use crate::machine::{
     Allowance, ArrivalConfig, ArrivingGuest, BootImage, Boots, ConsoleEnds, GuestBacking, GuestConfig, LiveGuest,
     NoRoom, check_room, check_size,
 };
-use crate::process_guest::{ArrivingProcessGuest, ProcessGuest};
+use crate::process_guest::{ArrivingProcessGuest, Image, ProcessGuest};
 use crate::progress::Screen;
 
 /// Why a guest could not be started or taken in.
@@ -32,6 +32,11 @@ pub(crate) enum GuestError {
     /// A kernel needs a machine.
     #[error("--kernel boots a real machine, which needs KVM: leave out --guest process")]
     KernelNeedsKvm,
+    /// A machine needs more than memory.
+    #[error(
+        "--image fills the memory of a process guest only: leave out {0}, an image cannot run without the state of its CPUs"
+    )]
+    ImageCannotRun(&'static str),
     /// A file that the user named.
     #[error("cannot read {path}: {source}")]
     Unreadable { path: PathBuf, source: io::Error },
@@ -101,7 +106,10 @@ pub(crate) fn start(
     typing: bool,
     copies: u64,
 ) -> Result<AnySource, VmError> {
-    check_host(options, copies)?;
+    if let Some(file) = &options.image {
+        return start_image(file, options, screen, copies);
+    }
+    check_host(options.memory(), options, copies)?;
     let has_kvm = Path::new("/dev/kvm").exists();
     match options.guest {
         GuestKind::Auto if !has_kvm && options.kernel.is_none() => {
@@ -113,8 +121,25 @@ pub(crate) fn start(
     }
 }
 
-fn check_host(options: &GuestOptions, copies: u64) -> Result<(), GuestError> {
-    let (memory, allowance) = (options.memory, Allowance { limit: None, overcommit: options.overcommit });
+/// A process guest, the only kind that needs no CPU state.
+fn start_image(file: &Path, options: &GuestOptions, screen: &Screen, copies: u64) -> Result<AnySource, VmError> {
+    match options {
+        GuestOptions { guest: GuestKind::Kvm, .. } => return Err(GuestError::ImageCannotRun("--guest kvm").into()),
+        GuestOptions { kernel: Some(_), .. } => return Err(GuestError::ImageCannotRun("--kernel").into()),
+        _ => {}
+    }
+    let image = Image::open(file)?;
+    let memory = options.memory.unwrap_or(image.least_memory());
+    check_host(memory, options, copies)?;
+    let params = options.params();
+    let guest = ProcessGuest::start(memory, options.backing.into(), params, Some(image))?;
+    let vcpus = show_count(params.vcpus, "vCPU");
+    screen.note(&format!("process guest: {}, {vcpus}, the image {}", show_bytes(memory), file.display()));
+    Ok(AnySource { kind: Kind::Process, guest: Box::new(guest) })
+}
+
+fn check_host(memory: u64, options: &GuestOptions, copies: u64) -> Result<(), GuestError> {
+    let allowance = Allowance { limit: None, overcommit: options.overcommit };
     check_room(memory.saturating_mul(copies), options.backing.into(), allowance).map_err(|refusal| GuestError::NoRoom {
         memory,
         copies,
@@ -125,10 +150,10 @@ fn check_host(options: &GuestOptions, copies: u64) -> Result<(), GuestError> {
 fn start_kvm(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) -> Result<AnySource, VmError> {
     let input =
         if typing && options.kernel.is_some() { Some(io::stdin().as_fd().try_clone_to_owned()?.into()) } else { None };
-    check_size(options.memory, options.kernel.is_none())?;
+    check_size(options.memory(), options.kernel.is_none())?;
     let (output, printed) = console::channel();
     let mut guest = LiveGuest::boot(GuestConfig {
-        ram_bytes: options.memory,
+        ram_bytes: options.memory(),
         vcpus: options.vcpus,
         backing: options.backing.into(),
         boots: boots(options, screen)?,
@@ -146,7 +171,7 @@ fn boots(options: &GuestOptions, screen: &Screen) -> Result<Boots, VmError> {
         screen.note(&format!("KVM guest: {}", options.describe(&params)));
         return Ok(Boots::Payload(params));
     };
-    let (memory, vcpus) = (show_bytes(options.memory), show_count(options.vcpus, "vCPU"));
+    let (memory, vcpus) = (show_bytes(options.memory()), show_count(options.vcpus, "vCPU"));
     screen.note(&format!("KVM guest: {memory}, {vcpus}, booting {}", kernel.display()));
     Ok(Boots::Image(BootImage {
         kernel: Cow::Owned(read(kernel)?),
@@ -164,7 +189,7 @@ fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, V
         return Err(GuestError::KernelNeedsKvm.into());
     }
     let params = options.params();
-    let guest = ProcessGuest::start(options.memory, options.backing.into(), params)?;
+    let guest = ProcessGuest::start(options.memory(), options.backing.into(), params, None)?;
     screen.note(&format!("process guest: {}", options.describe(&params)));
     Ok(AnySource { kind: Kind::Process, guest: Box::new(guest) })
 }
