@@ -12,6 +12,9 @@ use pageferry::stats::Stages;
 
 use crate::run::{Ending, RunResult};
 
+/// Fewer runs say nothing about what random runs meet.
+const TELLING_RUNS: u64 = 100;
+
 /// A run that broke a rule.
 #[derive(Clone, Debug, serde::Serialize)]
 #[non_exhaustive]
@@ -122,6 +125,13 @@ impl Statistics {
     /// Whether no rule was broken.
     pub fn passed(&self) -> bool {
         self.failures.is_empty()
+    }
+
+    /// Codings of pages that so many random runs should have met, and have not: one page for every 20
+    /// runs. A few runs prove nothing either way.
+    pub fn unmet(&self) -> Vec<&'static str> {
+        let least = if self.runs < TELLING_RUNS { 0 } else { self.runs / 20 };
+        self.codings.each().iter().filter(|(_, pages)| *pages < least).map(|(coding, _)| *coding).collect()
     }
 
     /// How many runs ended so.

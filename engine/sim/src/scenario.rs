@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use pageferry::config::{Compress, EncodeConfig, OnTimeout, Verify};
+use pageferry::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE};
 use pageferry::memory::{Layout, Region, Transfer};
 use pageferry::transport::LaneRole;
 use pageferry::units::PAGE_SIZE;
@@ -35,6 +36,8 @@ pub(crate) struct Pattern {
 pub(crate) struct EncoderPlan {
     /// Longest time from taking a batch to reading memory, and from there to handing it over.
     pub(crate) longest: Duration,
+    /// Buffers for batches; the driver has at least three.
+    pub(crate) buffers: usize,
 }
 
 /// In which words a tracker reports.
@@ -81,6 +84,10 @@ pub(crate) enum Canary {
     BarrierOvertaken,
     /// The same, but of copies only: those of a round may overtake its contents.
     CopiesOvertake,
+    /// The source copies from pages that are copies themselves in the same step.
+    CopiesUnchecked,
+    /// Pages of an abandoned round are dirty again, but booked as sent.
+    GivenBackBooked,
 }
 
 /// Somebody else at the destination's door.
@@ -136,20 +143,24 @@ impl Scenario {
         let pages: u64 = layout.regions().iter().map(Region::page_count).sum();
         let mut config = source_config(&mut random.fork(2));
         config.encode = encode_config(&mut random.fork(7));
-        let encoding = EncoderPlan { longest: random.fork(8).micros(1..=5_000) };
+        let encoding = encoder_plan(&mut random.fork(8), &config);
         let destination_config = destination_config(&mut random.fork(3), &config);
-        let link = link(&mut random.fork(4), &config);
+        let mut link = link(&mut random.fork(4), &config);
         let mut vm = vm_plan(&mut random.fork(5));
         let mut dice = random.fork(6);
         let faults = if dice.chance(15) { Vec::new() } else { faults(&mut dice, &config) };
         if dice.chance(15) {
             vm.failures = vec![(dice.pick(&CALLS), dice.below(2) as u32)];
         }
+        let long = random.fork(9).chance(8);
+        if long {
+            make_long(&mut random.fork(10), &mut link);
+        }
         let visits = if dice.chance(10) { vec![(dice.micros(1..=50_000), visit(&mut dice))] } else { Vec::new() };
         Self {
             name: format!("seed {seed}"),
             seed,
-            filled: dice.pick(&[0, 10, 60, 100]),
+            filled: if long { 100 } else { dice.pick(&[0, 10, 60, 100]) },
             runs: !dice.chance(5),
             pattern: pattern(&mut dice, pages),
             tracking: tracking(&mut dice),
@@ -199,7 +210,7 @@ impl Scenario {
             tears: false,
             knows_populated: true,
             config,
-            encoding: EncoderPlan { longest: Duration::from_micros(200) },
+            encoding: EncoderPlan { longest: Duration::from_micros(200), buffers: 4 },
             destination_config,
             random_policy: false,
             link: Link {
@@ -309,6 +320,13 @@ fn encode_config(random: &mut Random) -> EncodeConfig {
     config
 }
 
+/// As many buffers as the driver makes, or fewer, so that a small guest is short of them too.
+fn encoder_plan(random: &mut Random, config: &SourceConfig) -> EncoderPlan {
+    let encoders = usize::from(config.encode.threads) * BATCHES_PER_ENCODER;
+    let all = encoders + usize::from(config.lanes.max(1)) * BATCHES_PER_LANE;
+    EncoderPlan { longest: random.micros(1..=5_000), buffers: random.pick(&[1, 2, all, all]) }
+}
+
 fn destination_config(random: &mut Random, source: &SourceConfig) -> DestinationConfig {
     let mut config = DestinationConfig::default();
     let same = random.chance(70);
@@ -332,6 +350,11 @@ fn link(random: &mut Random, config: &SourceConfig) -> Link {
     };
     let (latency, bandwidth) = (0..lanes).map(|_| each(random)).unzip();
     Link { latency, bandwidth, jitter: random.micros(1..=5_000), capacity: random.log_within(4_096..=4 << 20) }
+}
+
+/// A link on which a round takes so long that the dirty bits are looked at in the middle of it.
+fn make_long(random: &mut Random, link: &mut Link) {
+    link.bandwidth.fill(random.log_within(400_000..=1_000_000));
 }
 
 fn vm_plan(random: &mut Random) -> VmPlan {

@@ -18,8 +18,8 @@ use pageferry::batch::{Batch, Planner};
 use pageferry::config::EncodeConfig;
 use pageferry::digest::{Digest, DigestKey, HashTable, PageHasher};
 use pageferry::dirty::Accumulator;
-use pageferry::encode::{EncodedBatch, Tally};
-use pageferry::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE, FAREWELL};
+use pageferry::encode::Tally;
+use pageferry::limits::FAREWELL;
 use pageferry::memory::GuestMemory;
 use pageferry::session::{Outcome, SourceAction, SourceInput, SourceSession, SourceSetup};
 use pageferry::transport::LaneRole;
@@ -32,7 +32,7 @@ use crate::clock::{Event, HostId};
 use crate::guest::{SharedGuest, lock};
 use crate::network::LaneId;
 use crate::random::Random;
-use crate::scenario::EncoderPlan;
+use crate::scenario::{Canary, EncoderPlan};
 use crate::sender::{Sender, Shared};
 use crate::verify;
 use crate::vm::{Interruption, Tracker};
@@ -120,6 +120,7 @@ pub(crate) struct SourceParts {
     pub(crate) bandwidth: Option<u64>,
     pub(crate) vm: crate::scenario::VmPlan,
     pub(crate) random: Random,
+    pub(crate) canary: Option<Canary>,
 }
 
 /// A source's process.
@@ -135,6 +136,7 @@ pub(crate) struct SourceHost {
     encoder_plan: EncoderPlan,
     vm: crate::scenario::VmPlan,
     random: Random,
+    canary: Option<Canary>,
     started: Duration,
     hasher: PageHasher,
     table: Arc<HashTable>,
@@ -198,6 +200,7 @@ impl SourceHost {
             lanes: parts.lanes,
             vm: parts.vm,
             random: parts.random,
+            canary: parts.canary,
             started: Duration::ZERO,
             hasher: PageHasher::new(&parts.digest_key),
             table: Arc::new(HashTable::new(layout.page_space())),
@@ -205,7 +208,7 @@ impl SourceHost {
             tracker: Tracker(Arc::clone(&parts.guest)),
             shared: Shared {
                 bandwidth: parts.bandwidth,
-                free: buffers(&parts.encode, parts.lanes),
+                free: (0..parts.encoding.buffers).map(|_| Box::default()).collect(),
                 ..Shared::default()
             },
             encode: parts.encode,
@@ -478,13 +481,6 @@ impl SourceHost {
     pub(crate) fn outcome(&self) -> Option<&Outcome> {
         self.session.outcome()
     }
-}
-
-/// As many as the driver makes.
-fn buffers(encode: &EncodeConfig, lanes: u16) -> Vec<Box<EncodedBatch>> {
-    let encoders = usize::from(encode.threads.max(1)) * BATCHES_PER_ENCODER;
-    let count = encoders + usize::from(lanes.max(1)) * BATCHES_PER_LANE;
-    (0..count).map(|_| Box::default()).collect()
 }
 
 pub(crate) fn invalid(lane: LaneRole, source: WireError) -> Error {

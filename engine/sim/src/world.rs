@@ -432,6 +432,7 @@ fn source_parts(scenario: &Scenario, guest: &SharedGuest, id: HostId, random: Ra
         bandwidth: scenario.config.bandwidth,
         vm: VmPlan::clone(&scenario.vm),
         random,
+        canary: scenario.canary,
     }
 }
 

@@ -15,7 +15,7 @@ use pageferry::memory::{GuestMemory, MemoryError};
 use super::{Heard, SourceHost};
 use crate::clock::{Event, HostId};
 use crate::random::Random;
-use crate::scenario::EncoderPlan;
+use crate::scenario::{Canary, EncoderPlan};
 use crate::vm::Interruption;
 use crate::world::Context;
 
@@ -57,6 +57,7 @@ pub(super) struct EncoderParts {
     pub(super) config: EncodeConfig,
     pub(super) plan: EncoderPlan,
     pub(super) random: Random,
+    pub(super) copies_unchecked: bool,
 }
 
 /// The encoder threads of a source.
@@ -69,6 +70,8 @@ pub(crate) struct Encoders {
     compress: Compress,
     plan: EncoderPlan,
     random: Random,
+    /// The canary.
+    copies_unchecked: bool,
 }
 
 impl Encoders {
@@ -88,6 +91,7 @@ impl Encoders {
             compress: parts.config.compress,
             plan: parts.plan,
             random: parts.random,
+            copies_unchecked: parts.copies_unchecked,
             shared,
         }
     }
@@ -100,7 +104,10 @@ impl Encoders {
     }
 
     fn begin_next(&mut self, ctx: &mut Context, index: usize) {
-        let Some((batch, buffer)) = self.queue.pop_front() else { return };
+        let Some((mut batch, buffer)) = self.queue.pop_front() else { return };
+        if let (true, Phase::Copies(deferred)) = (self.copies_unchecked, &mut batch.phase) {
+            *deferred = Arc::default();
+        }
         let choice = self.choose();
         let job = Job { batch, choice, buffer, result: Ok(()) };
         *lock(&self.threads[index].work) = Work::Taken(Box::new(job));
@@ -205,6 +212,7 @@ impl SourceHost {
             config: self.encode.clone(),
             plan: self.encoder_plan,
             random: self.random.fork(50),
+            copies_unchecked: self.canary == Some(Canary::CopiesUnchecked),
         }));
     }
 

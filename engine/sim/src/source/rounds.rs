@@ -4,10 +4,12 @@
 use pageferry::batch::round_of;
 use pageferry::dirty::DirtySource;
 use pageferry::encode::Tally;
+use pageferry::memory::is_zero_portable;
 use pageferry::session::SourceInput;
-use pageferry::units::PageRun;
+use pageferry::units::{PAGE_SIZE, PageRun};
 
 use super::{SourceHost, Stage};
+use crate::scenario::Canary;
 use crate::world::Context;
 
 impl SourceHost {
@@ -67,6 +69,21 @@ impl SourceHost {
         planner.abandon();
         for run in self.planned.take().into_iter().flat_map(|batch| batch.runs) {
             self.dirty.give_back(run);
+            if self.canary == Some(Canary::GivenBackBooked) {
+                self.book(run);
+            }
+        }
+    }
+
+    /// The canary: the pages are taken for sent as they are.
+    fn book(&self, run: PageRun) {
+        let Some((region, first)) = self.memory.layout().locate_run(run) else { return };
+        let mut content = [0; PAGE_SIZE];
+        for (index, page) in (first..).zip(run.pages()) {
+            let read = self.memory.read(region, index * PAGE_SIZE as u64, &mut content).is_ok();
+            if read && !is_zero_portable(&content) {
+                self.table.swap(page, self.hasher.hash(&content));
+            }
         }
     }
 
