@@ -13,7 +13,7 @@ use pageferry::transport::{
     self, Acceptor, Dialer, InMemoryAcceptor, Lane, LaneHalves, LaneRole, LaneSender, TransportError,
 };
 use pageferry::vm::Step;
-use pageferry::wire::{Greeting, GreetingRole, Message, SessionId};
+use pageferry::wire::{Greeting, GreetingRole, Message, PROTOCOL_MAX, SessionId};
 use pageferry::{
     Compress, Control, Destination, DestinationConfig, Error, Failed, OnTimeout, Report, Source, SourceConfig,
     Unsettled, Verify,
@@ -372,9 +372,9 @@ fn strangers_before_and_during_a_migration_do_not_disturb_it() {
     let greeting =
         |version, role| Greeting { version_min: version, version_max: version, session: SessionId([1; 16]), role };
     let mut future = greet(&dialer, greeting(999, GreetingRole::Control));
-    let _lane = greet(&dialer, greeting(1, GreetingRole::Data(0)));
-    let _settle = greet(&dialer, greeting(1, GreetingRole::Settle));
-    greet(&dialer, greeting(1, GreetingRole::Control)).closer.close();
+    let _lane = greet(&dialer, greeting(PROTOCOL_MAX, GreetingRole::Data(0)));
+    let _settle = greet(&dialer, greeting(PROTOCOL_MAX, GreetingRole::Settle));
+    greet(&dialer, greeting(PROTOCOL_MAX, GreetingRole::Control)).closer.close();
     let mut frame = pageferry::wire::FrameBuffer::new();
     future.receiver.receive(&mut frame).unwrap();
     let refusal = Message::decode(&frame).unwrap();
@@ -398,11 +398,12 @@ fn strangers_before_and_during_a_migration_do_not_disturb_it() {
 fn a_caller_that_asks_for_a_guest_it_never_offered_is_a_stranger() {
     let (dialer, acceptor) = transport::in_memory();
     let arrival = receive(acceptor, Room::default());
-    let greeting = |role| Greeting { version_min: 1, version_max: 1, session: SessionId([1; 16]), role };
+    let greeting =
+        |role| Greeting { version_min: PROTOCOL_MAX, version_max: PROTOCOL_MAX, session: SessionId([1; 16]), role };
     let mut caller = greet(&dialer, greeting(GreetingRole::Control));
     let mut frame = pageferry::wire::FrameBuffer::new();
     caller.receiver.receive(&mut frame).unwrap();
-    assert_eq!(Message::decode(&frame).unwrap(), Message::Welcome { version: 1 });
+    assert_eq!(Message::decode(&frame).unwrap(), Message::Welcome { version: PROTOCOL_MAX });
     let mut asking = greet(&dialer, greeting(GreetingRole::Settle));
     let answer = asking.receiver.receive(&mut frame);
     assert!(answer.is_err(), "{:?}", Message::decode(&frame));

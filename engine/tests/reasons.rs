@@ -22,7 +22,7 @@ use pageferry::transport::{
 };
 use pageferry::vm::Step;
 use pageferry::wire::{
-    Finish, FrameBuffer, Greeting, GreetingRole, Message, Offer, Owner, Prepared, Refusal, SessionId,
+    Finish, FrameBuffer, Greeting, GreetingRole, Message, Offer, Owner, PROTOCOL_MAX, Prepared, Refusal, SessionId,
 };
 use pageferry::{Control, Destination, DestinationConfig, Error, Failed, Source, SourceConfig, Verify};
 
@@ -57,22 +57,24 @@ fn source_until(last: impl Fn(&SourceAction) -> bool) -> SourceSession {
         if last(&action) {
             return session;
         }
-        for input in source_answers(action) {
+        for input in source_answers(&action) {
             session.handle(NOW, input);
         }
     }
 }
 
-fn source_answers(action: SourceAction) -> Vec<SourceInput> {
+fn source_answers(action: &SourceAction) -> Vec<SourceInput> {
     let prepared = Message::Prepared(Prepared::default());
     match action {
         SourceAction::Dial => vec![SourceInput::Dialled { peer: "there".to_owned() }],
-        SourceAction::Send(Message::Greeting(_)) => vec![SourceInput::Message(Message::Welcome { version: 1 })],
+        SourceAction::Send(Message::Greeting(_)) => {
+            vec![SourceInput::Message(Message::Welcome { version: PROTOCOL_MAX })]
+        }
         SourceAction::Send(Message::Offer(_)) => vec![SourceInput::Message(Message::Accept)],
         SourceAction::Send(Message::Finish(_)) => vec![SourceInput::Message(prepared)],
         SourceAction::OpenLanes(_) => vec![SourceInput::LanesOpen],
         SourceAction::StartTracking => vec![SourceInput::Tracking { dirty_pages: 0 }],
-        SourceAction::SendRound { round, .. } => vec![
+        &SourceAction::SendRound { round, .. } => vec![
             SourceInput::RoundQueued,
             SourceInput::RoundFlushed(Tally::default()),
             SourceInput::Message(Message::RoundAck { round }),
@@ -194,7 +196,7 @@ fn a_committed_source_that_hears_nothing_asks() {
 // ---- the destination's session ----
 
 fn greeting(session: u8, role: GreetingRole) -> Greeting {
-    Greeting { version_min: 1, version_max: 1, session: SessionId([session; 16]), role }
+    Greeting { version_min: PROTOCOL_MAX, version_max: PROTOCOL_MAX, session: SessionId([session; 16]), role }
 }
 
 fn greeted(lane: u64, role: GreetingRole) -> DestinationInput {

@@ -36,6 +36,8 @@ struct Shard {
     entries: Vec<Entry>,
     blocks: Vec<Box<[Page]>>,
     used: u32,
+    /// Counts what is stored: the order in which pages were sent.
+    clock: u64,
 }
 
 #[derive(Debug, Clone, Copy)]
@@ -44,8 +46,8 @@ struct Entry {
     hash: PageHash,
     /// Where its bytes are; `NOWHERE` if it was never used.
     place: u32,
-    /// When it was last sent.
-    sent: u32,
+    /// The clock when it was last sent.
+    sent: u64,
     /// Written since it was sent.
     again: bool,
 }
@@ -114,8 +116,8 @@ impl Near<'_> {
         self.shard.bytes(place)
     }
 
-    /// Remembers a page that is sent now, in step `now`; if it is `new` here it may take another's room.
-    pub(super) fn store(&mut self, page: PageNumber, hash: PageHash, bytes: &Page, now: u32, new: bool) {
+    /// Remembers a page that is sent now; if it is `new` here it may take another's room.
+    pub(super) fn store(&mut self, page: PageNumber, hash: PageHash, bytes: &Page, new: bool) {
         let set = self.set(page);
         let shard = &mut *self.shard;
         let entries = &mut shard.entries[set];
@@ -141,7 +143,8 @@ impl Near<'_> {
             }
             shard.used += 1;
         }
-        (entry.page, entry.hash, entry.sent, entry.again) = (page, hash, now, false);
+        shard.clock += 1;
+        (entry.page, entry.hash, entry.sent, entry.again) = (page, hash, shard.clock, false);
         let place = entry.place;
         if let Some(base) = shard.bytes(place) {
             base.copy_from_slice(bytes);
@@ -165,9 +168,9 @@ impl Shard {
 mod tests {
     use super::*;
 
-    fn store(bases: &Bases, page: u64, now: u32) {
+    fn store(bases: &Bases, page: u64) {
         let bytes = [page as u8; PAGE_SIZE];
-        bases.near(PageNumber(page)).unwrap().store(PageNumber(page), PageHash(page.into()), &bytes, now, true);
+        bases.near(PageNumber(page)).unwrap().store(PageNumber(page), PageHash(page.into()), &bytes, true);
     }
 
     fn holds(bases: &Bases, page: u64) -> bool {
@@ -182,7 +185,7 @@ mod tests {
     fn a_working_set_as_large_as_the_cache_stays_whole() {
         let bases = Bases::new(64 * MIB);
         for page in 0..64 * 256 {
-            store(&bases, page + 5000, 0);
+            store(&bases, page + 5000);
         }
         assert_eq!((0..64 * 256).filter(|&page| holds(&bases, page + 5000)).count(), 64 * 256);
         assert_eq!(bases.bytes(), 64 * MIB);
@@ -192,12 +195,12 @@ mod tests {
     fn pages_written_again_stay_and_others_make_room() {
         let bases = Bases::new(16 * MIB);
         for page in 0..16 * 256 {
-            store(&bases, page, 0);
+            store(&bases, page);
         }
         let again = |page: PageNumber| page.0.is_multiple_of(4);
         bases.note_dirty(again);
         for page in 100_000..100_000 + 64 * 256 {
-            store(&bases, page, 1);
+            store(&bases, page);
         }
         let kept = (0..16 * 256).filter(|&page| holds(&bases, page)).count();
         assert_eq!(kept, 4 * 256, "exactly those written again");
@@ -206,15 +209,25 @@ mod tests {
     }
 
     #[test]
+    fn of_pages_not_written_again_the_ones_sent_last_stay() {
+        let bases = Bases::new(16 * MIB);
+        for page in 0..64 * 256 {
+            store(&bases, page);
+        }
+        assert!((0..48 * 256).all(|page| !holds(&bases, page)));
+        assert!((48 * 256..64 * 256).all(|page| holds(&bases, page)));
+    }
+
+    #[test]
     fn a_base_is_given_only_for_the_content_that_was_sent() {
         let bases = Bases::new(MIB * 4);
-        store(&bases, 9, 0);
+        store(&bases, 9);
         let mut near = bases.near(PageNumber(9)).unwrap();
         assert!(near.base(PageNumber(9), PageHash(10)).is_none());
-        near.store(PageNumber(9), PageHash(10), &[1; PAGE_SIZE], 1, false);
+        near.store(PageNumber(9), PageHash(10), &[1; PAGE_SIZE], false);
         assert!(near.base(PageNumber(9), PageHash(9)).is_none());
         assert_eq!(near.base(PageNumber(9), PageHash(10)), Some(&mut [1; PAGE_SIZE]));
-        near.store(PageNumber(10), PageHash(10), &[1; PAGE_SIZE], 1, false);
+        near.store(PageNumber(10), PageHash(10), &[1; PAGE_SIZE], false);
         assert!(near.base(PageNumber(10), PageHash(10)).is_none(), "not taken in unasked");
     }
 

@@ -132,7 +132,7 @@ impl Encoder {
 
     fn encode_contents(&mut self, batch: &Batch, admits: bool, out: &mut EncodedBatch) -> Result<(), MemoryError> {
         let Self { reader, hasher, shared, pages, tail, timed, .. } = self;
-        let mut worker = Worker { shared, hasher, tail, near: None, now: batch.step(), admits, timed: *timed };
+        let mut worker = Worker { shared, hasher, tail, near: None, admits, timed: *timed };
         for run in &batch.runs {
             // A run ends where its region does; the page numbers may go on all the same.
             out.record_open = false;
@@ -239,7 +239,6 @@ struct Worker<'a> {
     hasher: &'a PageHasher,
     tail: &'a mut Vec<u8>,
     near: Option<Near<'a>>,
-    now: u32,
     /// Whether pages may enter the cache of bases.
     admits: bool,
     timed: bool,
@@ -308,9 +307,8 @@ impl Worker<'_> {
         bytes: &[u8; PAGE_SIZE],
         out: &mut EncodedBatch,
     ) -> bool {
-        let (now, timed) = (self.now, self.timed);
-        let tail = std::mem::take(self.tail);
-        let (mut tail, mut made) = (tail, false);
+        let timed = self.timed;
+        let (mut tail, mut made) = (std::mem::take(self.tail), false);
         if let Some(near) = self.near(page)
             && let Some(base) = near.base(page, before)
         {
@@ -318,7 +316,7 @@ impl Worker<'_> {
             if let Some(len) = delta::encode(base, bytes, &mut tail) {
                 out.tally.stages.delta_pages += 1;
                 out.tally.stages.delta_bytes += len as u64;
-                near.store(page, hash, bytes, now, false);
+                near.store(page, hash, bytes, false);
                 made = true;
             }
             out.tally.stages.delta_time += began.map(|began| began.elapsed()).unwrap_or_default();
@@ -334,9 +332,8 @@ impl Worker<'_> {
     }
 
     fn remember(&mut self, page: PageNumber, hash: PageHash, bytes: &[u8; PAGE_SIZE], new: bool) {
-        let now = self.now;
         if let Some(near) = self.near(page) {
-            near.store(page, hash, bytes, now, new);
+            near.store(page, hash, bytes, new);
         }
     }
 }

@@ -147,6 +147,11 @@ impl Header {
         })
     }
 
+    /// The checksum of a frame of this header and body, unless it is of kind `Pages`.
+    pub fn checksum_of(&self, body: &[u8]) -> u64 {
+        self.checksum_with(body, |_| ())
+    }
+
     /// The checksum of this header and a checked part of the body, plus what the caller adds to `rest`.
     pub(crate) fn checksum_with(&self, checked: &[u8], rest: impl FnOnce(&mut Xxh3)) -> u64 {
         let mut hasher = Xxh3::new();

@@ -171,7 +171,7 @@ impl Message {
         let mut step = 0;
         let kind = self.encode_body(&mut Writer(&mut frame), &mut step);
         let mut header = Header { kind, body_len: (frame.len() - HEADER_LEN) as u32, step, sequence, checksum: 0 };
-        header.checksum = header.checksum_with(&frame[HEADER_LEN..], |_| ());
+        header.checksum = header.checksum_of(&frame[HEADER_LEN..]);
         frame[..HEADER_LEN].copy_from_slice(&header.encode());
         frame
     }
@@ -244,7 +244,7 @@ impl Message {
     /// Reads the message in a frame and checks its checksum. [`Kind::Pages`] is no message.
     pub fn decode(frame: &FrameBuffer) -> Result<Self, WireError> {
         let header = frame.header()?;
-        header.verify(header.checksum_with(frame.body(), |_| ()))?;
+        header.verify(header.checksum_of(frame.body()))?;
         let mut body = Reader::new(frame.body());
         let message = Self::decode_body(&header, &mut body)?;
         body.end()?;
@@ -504,7 +504,7 @@ mod tests {
                     })
                     .collect();
                 let mut header = Header { kind, body_len: len as u32, step: 0, sequence: 0, checksum: 0 };
-                header.checksum = header.checksum_with(&body, |_| ());
+                header.checksum = header.checksum_of(&body);
                 let mut frame = header.encode().to_vec();
                 frame.extend_from_slice(&body);
                 let _ = Message::decode(&received(&frame));

@@ -62,10 +62,12 @@ fn demo(kernel: &PathBuf, moment: &str) -> common::Ended {
 #[test]
 fn a_guest_that_ends_after_the_hand_over_is_no_success_and_is_not_waited_for() {
     if guest_kinds().contains(&"kvm") {
-        let ended = demo(&kernel("late", 40), "--after 50ms");
+        // On a busy machine a short life can be over before the migration.
+        let lives = [40, 160, 640].into_iter();
+        let mut runs = lives.map(|sleeps| demo(&kernel("late", sleeps), "--after 50ms"));
+        let ended = runs.find(|ended| ended.report()["owner"] == "destination").expect("a life that is long enough");
         let report = ended.report();
         assert_eq!(ended.code, 5, "{report} {}", ended.stderr);
-        assert_eq!(report["owner"], "destination", "{report}");
         assert!(report["guest_ended"].as_str().unwrap().contains("reset"), "{report}");
     }
 }

@@ -43,7 +43,7 @@ fn vcpu_time(thread: &Path) -> Option<Duration> {
 }
 
 /// CPU time since a moment: the guest's share, and everything else.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct CpuClock {
     process: Duration,
     guest: Duration,
@@ -68,26 +68,35 @@ impl CpuClock {
 mod tests {
     use super::*;
 
-    fn work_for(time: Duration) {
-        let before = process_time();
-        let mut sum = 0u64;
-        while process_time() < before + time {
-            sum = std::hint::black_box(sum + 1);
-        }
+    /// Other tests' guests share this process, and their threads come and go: only what is bounded by
+    /// this thread's own time is certain.
+    fn in_thread<T: Send + 'static>(name: &str, work: fn() -> T) -> T {
+        std::thread::Builder::new().name(name.to_owned()).spawn(work).unwrap().join().unwrap()
+    }
+
+    fn own_guest_time() -> Option<Duration> {
+        vcpu_time(Path::new("/proc/thread-self"))
     }
 
     #[test]
-    fn work_of_this_process_is_counted_and_the_guests_share_taken_out() {
-        let clock = CpuClock::start();
-        work_for(Duration::from_millis(20));
-        assert!(clock.split().0 + clock.split().1 >= 0.02);
-        let (_, before) = clock.split();
-        let vcpu = std::thread::Builder::new().name("vcpu-7".to_owned());
-        let guest = vcpu.spawn(move || {
-            work_for(Duration::from_millis(50));
-            clock.split().1
+    fn work_of_the_guests_threads_is_the_guests_and_not_this_processs() {
+        let (own, split, all) = in_thread("vcpu-7", || {
+            while own_guest_time().unwrap() < Duration::from_millis(20) {}
+            let (own, split) = (own_guest_time().unwrap(), CpuClock::default().split());
+            (own, split, process_time())
         });
-        assert!(guest.unwrap().join().unwrap() > before);
+        assert!(split.1 >= own.as_secs_f64(), "{split:?} {own:?}");
+        assert!(split.0 <= all.saturating_sub(own).as_secs_f64(), "{split:?} {own:?} {all:?}");
+    }
+
+    #[test]
+    fn work_of_every_other_thread_is_this_processs() {
+        assert_eq!(in_thread("vcpu-throttle", own_guest_time), None);
+        assert_eq!(in_thread("worker-7", own_guest_time), None);
+        let (clock, before) = (CpuClock::start(), process_time());
+        while process_time() < before + Duration::from_millis(20) {}
+        let (process, guest) = clock.split();
+        assert!(process + guest >= 0.02, "{process} {guest}");
         assert!(peak_rss() > 0);
     }
 }

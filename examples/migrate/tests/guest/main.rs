@@ -154,10 +154,15 @@ fn the_guest_notices_that_it_stood_still() {
     machine.command(Command::ReportStall);
     let longest = machine.wait_for(|line| if let Line::Stall { longest_us } = line { Some(longest_us) } else { None });
     assert!(Duration::from_micros(longest) >= pause, "{longest} us");
-    machine.command(Command::ResetStall);
-    machine.command(Command::ReportStall);
-    let longest = machine.wait_for(|line| if let Line::Stall { longest_us } = line { Some(longest_us) } else { None });
-    assert!(Duration::from_micros(longest) < pause, "{longest} us");
+    // A busy host makes the guest stand still too, but not every time for so long.
+    let forgotten = (0..50).any(|_| {
+        machine.command(Command::ResetStall);
+        machine.command(Command::ReportStall);
+        let longest =
+            machine.wait_for(|line| if let Line::Stall { longest_us } = line { Some(longest_us) } else { None });
+        Duration::from_micros(longest) < pause
+    });
+    assert!(forgotten, "a reset begins anew");
 }
 
 /// A stopped guest of 32 MiB whose memory was checked.
