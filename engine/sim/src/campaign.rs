@@ -8,7 +8,12 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{self, Sender};
 use std::thread;
 
+use pageferry::stats::Stages;
+
 use crate::run::{Ending, RunResult};
+
+/// Fewer runs say nothing about what random runs meet.
+const TELLING_RUNS: u64 = 100;
 
 /// A run that broke a rule.
 #[derive(Clone, Debug, serde::Serialize)]
@@ -26,6 +31,74 @@ pub struct Failure {
     index: u64,
 }
 
+/// Pages by how they were given: what the encoders have met.
+#[derive(Clone, Copy, Debug, Default, serde::Serialize)]
+#[non_exhaustive]
+pub struct Codings {
+    /// All zeros.
+    pub zero: u64,
+    /// As last sent: nothing was sent.
+    pub unchanged: u64,
+    /// One repeated value.
+    pub pattern: u64,
+    /// What changed since it was last sent.
+    pub delta: u64,
+    /// A reference to an equal page.
+    pub copy: u64,
+    /// Whole.
+    pub literal: u64,
+    /// Put off as a copy, and sent whole because nothing held the content any more.
+    pub copy_turned_literal: u64,
+    /// Put off as a copy, and zero when it was read again.
+    pub copy_turned_zero: u64,
+    /// Not sent, because the guest would have written it again.
+    pub spared: u64,
+}
+
+impl Codings {
+    /// Counts a batch in, of a round's first or second step.
+    pub(crate) fn add(&mut self, stages: &Stages, copies: bool) {
+        if copies {
+            self.copy_turned_literal += stages.literal_pages;
+            self.copy_turned_zero += stages.zero_pages;
+        } else {
+            self.literal += stages.literal_pages;
+            self.zero += stages.zero_pages;
+        }
+        self.unchanged += stages.unchanged_pages;
+        self.pattern += stages.pattern_pages;
+        self.delta += stages.delta_pages;
+        self.copy += stages.copied_pages;
+    }
+
+    pub(crate) fn join(&mut self, other: &Self) {
+        self.zero += other.zero;
+        self.unchanged += other.unchanged;
+        self.pattern += other.pattern;
+        self.delta += other.delta;
+        self.copy += other.copy;
+        self.literal += other.literal;
+        self.copy_turned_literal += other.copy_turned_literal;
+        self.copy_turned_zero += other.copy_turned_zero;
+        self.spared += other.spared;
+    }
+
+    /// Each coding by its name.
+    pub fn each(&self) -> [(&'static str, u64); 9] {
+        [
+            ("zero", self.zero),
+            ("unchanged", self.unchanged),
+            ("pattern", self.pattern),
+            ("delta", self.delta),
+            ("copy", self.copy),
+            ("literal", self.literal),
+            ("copy turned literal", self.copy_turned_literal),
+            ("copy turned zero", self.copy_turned_zero),
+            ("spared", self.spared),
+        ]
+    }
+}
+
 /// What many runs have shown.
 #[derive(Clone, Debug, Default, serde::Serialize)]
 #[non_exhaustive]
@@ -38,6 +111,8 @@ pub struct Statistics {
     pub answered: u64,
     /// What went wrong by plan, by kind.
     pub faults: BTreeMap<String, u64>,
+    /// Pages by how they were given.
+    pub codings: Codings,
     /// Events handled.
     pub events: u64,
     /// Virtual time that passed, in milliseconds.
@@ -52,6 +127,13 @@ impl Statistics {
         self.failures.is_empty()
     }
 
+    /// Codings of pages that so many random runs should have met, and have not: one page for every 20
+    /// runs. A few runs prove nothing either way.
+    pub fn unmet(&self) -> Vec<&'static str> {
+        let least = if self.runs < TELLING_RUNS { 0 } else { self.runs / 20 };
+        self.codings.each().iter().filter(|(_, pages)| *pages < least).map(|(coding, _)| *coding).collect()
+    }
+
     /// How many runs ended so.
     pub fn ended(&self, ending: Ending) -> u64 {
         self.endings.get(&ending).copied().unwrap_or_default()
@@ -64,6 +146,7 @@ impl Statistics {
             Err(panic) => return self.fail(index, done.case, panic, Vec::new()),
         };
         self.events += result.steps;
+        self.codings.join(&result.codings);
         self.virtual_ms += result.virtual_ms;
         self.answered += u64::from(result.answered);
         for fault in &result.faults {

@@ -109,6 +109,7 @@ impl Cli {
         }
         report.seconds = began.elapsed().as_secs_f64();
         report.passed = report.statistics().all(Statistics::passed)
+            && report.seeds.iter().all(|seeds| seeds.unmet().is_empty())
             && report.canaries.iter().flatten().all(|canary| canary.caught.is_some());
         report
     }
@@ -145,6 +146,9 @@ impl Report {
     fn print(&self) {
         if let Some(statistics) = &self.seeds {
             print_statistics("random migrations", statistics);
+            for coding in statistics.unmet() {
+                say!("  HARDLY MET: pages that are {coding}; these runs prove nothing about them");
+            }
         }
         if let Some(statistics) = &self.exhaustive {
             print_statistics("exhaustive cuts", statistics);
@@ -169,6 +173,9 @@ fn print_statistics(what: &str, statistics: &Statistics) {
     say!("  {:<44} {:>7}", "(a side had to ask who owns the guest)", statistics.answered);
     let faults: Vec<String> = statistics.faults.iter().map(|(fault, count)| format!("{fault} {count}")).collect();
     say!("  faults: {}", if faults.is_empty() { "none".to_owned() } else { faults.join(", ") });
+    let codings: Vec<String> =
+        statistics.codings.each().iter().map(|(coding, pages)| format!("{coding} {pages}")).collect();
+    say!("  pages: {}", codings.join(", "));
     for failure in &statistics.failures {
         print_failure(failure);
     }

@@ -35,6 +35,8 @@ pub(crate) enum Event {
     Timer(HostId, u64),
     /// A call into the VM returns.
     Work(HostId),
+    /// An encoder thread goes on.
+    Encoder(HostId, usize),
     /// A sending thread goes on.
     Sender(HostId, usize),
     /// A sending thread has been idle since the given moment.

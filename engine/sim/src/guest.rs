@@ -1,9 +1,13 @@
 //! The guest that knows the truth: what every page of it must hold, who may run it, and what the two
 //! VMs were told. The checks of ownership and content live here, where nothing can pass them by.
 
+mod writes;
+
 use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub(crate) use writes::Mix;
 
 use pageferry::memory::{GuestMemory, Layout, MappedMemory, RegionId, Transfer};
 use pageferry::units::PAGE_SIZE;
@@ -131,7 +135,7 @@ impl Guest {
         for (region, described) in self.layout.clone().iter() {
             for page in 0..described.page_count() {
                 if self.random.chance(percent) {
-                    self.write_random(region, page);
+                    self.fill_page((region, page));
                 }
             }
         }
@@ -152,46 +156,11 @@ impl Guest {
         self.source.runs || (self.destination.runs && !self.destination.dead)
     }
 
-    fn write_somewhere(&mut self) {
-        let pages: u64 = self.layout.regions().iter().map(pageferry::memory::Region::page_count).sum();
-        if pages == 0 {
-            return;
-        }
-        let reach = self.pattern.reach.clamp(1, pages);
-        let mut page = (self.pattern.first + self.random.below(reach)) % pages;
-        for (region, described) in self.layout.clone().iter() {
-            if page < described.page_count() {
-                return self.change(region, page);
-            }
-            page -= described.page_count();
-        }
-    }
-
-    fn change(&mut self, region: RegionId, page: u64) {
-        match self.random.below(100) {
-            0..=9 => self.write(region, page, 0, &[0; PAGE_SIZE]),
-            10..=14 if self.pattern.gives_back => self.give_back(region, page),
-            15..=49 => {
-                let bytes = self.random.next().to_le_bytes();
-                let at = self.random.below(PAGE_SIZE as u64 - 8) as usize;
-                self.write(region, page, at, &bytes);
-            }
-            _ => self.write_random(region, page),
-        }
-    }
-
     /// Devices write while the guest stands still: saving the machine state may do so.
     pub(crate) fn write_as_device(&mut self, writes: u64) {
         for _ in 0..writes {
             self.write_somewhere();
         }
-    }
-
-    fn write_random(&mut self, region: RegionId, page: u64) {
-        let mut bytes = [0; PAGE_SIZE];
-        let len = self.random.pick(&[1, 64, PAGE_SIZE / 2, PAGE_SIZE]);
-        self.random.fill(&mut bytes[..len]);
-        self.write(region, page, 0, &bytes[..len]);
     }
 
     /// The page that is being read changes between the reading of its first and second half.
@@ -215,7 +184,7 @@ impl Guest {
         self.mark(region, page);
     }
 
-    fn give_back(&mut self, region: RegionId, page: u64) {
+    fn give_back(&mut self, (region, page): (RegionId, u64)) {
         let Some(memory) = self.memory() else { return };
         if let Err(error) = memory.discard(region, page..page + 1) {
             return self.violate(format!("the simulator could not discard guest memory: {error}"));

@@ -4,6 +4,7 @@
 //! decides everything, so a run that breaks a rule can be replayed.
 #![deny(unsafe_code)]
 
+mod audit;
 mod campaign;
 mod canary;
 mod clock;
@@ -25,7 +26,7 @@ mod verify;
 mod vm;
 mod world;
 
-pub use campaign::{Failure, Statistics, run_seeds};
+pub use campaign::{Codings, Failure, Statistics, run_seeds};
 pub use canary::{CanaryResult, run_canaries};
 pub use exhaustive::{run_case, run_exhaustive};
 pub use run::{Ending, RunResult, run_seed};

@@ -1,12 +1,14 @@
-//! The receiving threads of the destination, and the barrier between rounds at which they wait.
+//! The receiving threads of the destination, and the barrier between steps at which they wait.
 
 use std::io;
 use std::sync::Arc;
 
 use pageferry::Error;
-use pageferry::barrier::{Entry, RoundBarrier};
+use pageferry::barrier::{Barrier, Entry};
+use pageferry::batch::round_of;
 use pageferry::digest::{Digest, HashTable, PageHasher};
 use pageferry::encode::Tally;
+use pageferry::limits::MAX_ROUNDS;
 use pageferry::memory::MappedMemory;
 use pageferry::place::{PlaceError, Placer};
 use pageferry::transport::LaneRole;
@@ -33,15 +35,35 @@ pub(crate) struct Room {
     pub(crate) hasher: PageHasher,
     pub(crate) table: Arc<HashTable>,
     pub(crate) single_lane: bool,
-    pub(crate) barrier: RoundBarrier,
+    pub(crate) barrier: Barrier,
     pub(crate) tally: Tally,
     pub(crate) closed: bool,
     /// Bytes of pages that came: what signs of life tell.
     pub(crate) progress: u64,
-    /// The canary: pages of a newer round do not wait.
-    pub(crate) overtakes: bool,
-    /// Whether a round was completed since somebody last looked.
+    /// The canary.
+    pub(crate) overtakes: Overtakes,
+    /// Whether a step was completed since somebody last looked.
     pub(crate) opened: bool,
+}
+
+/// What does not wait at a barrier that is broken on purpose.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Overtakes {
+    Nothing,
+    /// Pages of a newer step.
+    Everything,
+    /// Copies, the round's second step.
+    Copies,
+}
+
+impl Overtakes {
+    fn covers(self, step: u32) -> bool {
+        match self {
+            Self::Nothing => false,
+            Self::Everything => true,
+            Self::Copies => round_of(step).1,
+        }
+    }
 }
 
 /// A receiving thread.
@@ -132,7 +154,7 @@ impl Receiver {
         }
         let header = self.header()?;
         match header.kind {
-            Kind::Pages => self.place(room, header.round),
+            Kind::Pages => self.place(room, header.step),
             _ => self.on_message(room),
         }
         .map(Some)
@@ -153,19 +175,16 @@ impl Receiver {
         self.role == LaneRole::Control
     }
 
-    fn place(&mut self, room: &mut Option<Room>, round: u32) -> Result<Step, Error> {
+    fn place(&mut self, room: &mut Option<Room>, step: u32) -> Result<Step, Error> {
         let room = self.room(room)?;
         if room.closed {
-            return Ok(Step::Stop);
+            return self.not_wanted();
         }
         let placer = self
             .placer
             .get_or_insert_with(|| Placer::new(room.memory.clone(), room.hasher.clone(), Arc::clone(&room.table)));
-        if room.barrier.enter(self.index, round) != Ok(Entry::Now) {
-            placer.check(&self.frame).map_err(|source| invalid(self.role, source))?;
-        }
-        let entry = room.barrier.enter(self.index, round).map_err(|error| misbehaved(error.to_string()))?;
-        if entry == Entry::Wait && !room.overtakes {
+        let entry = room.barrier.enter(self.index, step).map_err(|error| misbehaved(error.to_string()))?;
+        if entry == Entry::Wait && !room.overtakes.covers(step) {
             return Ok(Step::Wait);
         }
         let tally = placer.place(&self.frame).map_err(|error| match error {
@@ -180,32 +199,38 @@ impl Receiver {
 
     fn on_message(&mut self, room: &mut Option<Room>) -> Result<Step, Error> {
         match Message::decode(&self.frame).map_err(|source| invalid(self.role, source))? {
-            Message::RoundEnd { round } => self.end_round(room, round),
+            Message::StepEnd { step } => self.end_step(room, step),
             message if self.is_control() => Ok(Step::Told(Received::Message(message))),
             message => Err(misbehaved(format!("it sent {message:?} on a data lane"))),
         }
     }
 
-    fn end_round(&mut self, room: &mut Option<Room>, round: u32) -> Result<Step, Error> {
+    fn end_step(&mut self, room: &mut Option<Room>, step: u32) -> Result<Step, Error> {
+        let (round, _) = round_of(step);
+        if round > MAX_ROUNDS {
+            return Err(misbehaved(format!("it began round {round}")));
+        }
         let room = self.room(room)?;
         if room.closed {
-            return Ok(Step::Stop);
+            return self.not_wanted();
         }
-        if self.enter(room, round)? == Entry::Wait {
+        let entry = room.barrier.enter(self.index, step).map_err(|error| misbehaved(error.to_string()))?;
+        if entry == Entry::Wait {
             return Ok(Step::Wait);
         }
         room.tally.add(&std::mem::take(&mut self.tally));
-        match room.barrier.end(self.index) {
-            Some(complete) => {
-                room.opened = true;
-                Ok(Step::Told(Received::RoundComplete(complete, room.tally.digest)))
-            }
-            None => Ok(Step::GoOn),
-        }
+        let Some(complete) = room.barrier.end(self.index) else { return Ok(Step::GoOn) };
+        room.opened = true;
+        let (round, last) = round_of(complete);
+        Ok(if last { Step::Told(Received::RoundComplete(round, room.tally.digest)) } else { Step::GoOn })
     }
 
-    fn enter(&self, room: &Room, round: u32) -> Result<Entry, Error> {
-        room.barrier.enter(self.index, round).map_err(|error| misbehaved(error.to_string()))
+    /// Pages after the end: a data lane is done, the control lane must go on.
+    fn not_wanted(&self) -> Result<Step, Error> {
+        if self.is_control() {
+            return Err(misbehaved("it sent pages after it had finished".to_owned()));
+        }
+        Ok(Step::Stop)
     }
 
     fn room<'a>(&self, room: &'a mut Option<Room>) -> Result<&'a mut Room, Error> {

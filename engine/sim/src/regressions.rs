@@ -75,7 +75,7 @@ fn an_undecided_destination_never_says_that_it_owns_the_guest() {
     let mut scenario = calm(&[24]);
     scenario.faults = vec![(arrived(Kind::Prepared), cut(true, false, None))];
     assert_eq!(run(&scenario, false, false).violation, None);
-    scenario.faults = vec![(arrived(Kind::RoundEnd), cut(true, false, None))];
+    scenario.faults = vec![(arrived(Kind::StepEnd), cut(true, false, None))];
     ends(&scenario, Ending::Failed);
 }
 

@@ -8,9 +8,10 @@ use std::time::Duration;
 
 use pageferry::config::OnTimeout;
 use pageferry::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome};
-use pageferry::wire::{Greeting, GreetingRole, Kind, Message, Owner, SessionId};
+use pageferry::wire::{Greeting, GreetingRole, Kind, Message, Owner, PROTOCOL_MAX, PROTOCOL_MIN, SessionId};
 use pageferry::{DestinationConfig, Error, SourceConfig};
 
+use crate::campaign::Codings;
 use crate::clock::Clock;
 use crate::destination::fresh_memory;
 use crate::fault::{Call, Fault};
@@ -75,6 +76,8 @@ pub struct RunResult {
     pub answered: bool,
     /// A hash of everything that happened: equal in every replay.
     pub trace: u64,
+    /// Pages by how they were given, in both migrations.
+    pub codings: Codings,
     /// Events handled.
     pub steps: u64,
     /// Virtual time that passed, in milliseconds.
@@ -102,6 +105,7 @@ pub(crate) fn run(scenario: &Scenario, print: bool, log: bool) -> RunResult {
         ending: None,
         frames: Vec::new(),
         passed: Duration::ZERO,
+        codings: Codings::default(),
     };
     run.world.ctx.network.log = log.then(Vec::new);
     let verdict = run.all_phases();
@@ -116,6 +120,7 @@ fn failed_to_start(scenario: &Scenario, error: &std::io::Error) -> RunResult {
         faults: Vec::new(),
         answered: false,
         trace: 0,
+        codings: Codings::default(),
         steps: 0,
         virtual_ms: 0,
         frames: Vec::new(),
@@ -138,6 +143,8 @@ struct Run<'a> {
     frames: Vec<SentFrame>,
     /// Virtual time of the first migration, once the second has begun.
     passed: Duration,
+    /// Of the first migration, once the second has begun.
+    codings: Codings,
 }
 
 /// A broken rule ends the run.
@@ -156,6 +163,8 @@ impl Run<'_> {
 
     fn result(self, violation: Option<String>) -> RunResult {
         let clock = &self.world.ctx.clock;
+        let mut codings = self.codings;
+        codings.join(&self.world.source.codings);
         let faults = self.world.ctx.network.struck().map(|fault| fault.name().to_owned());
         let failed = lock(&self.world.guest).failed_calls.clone();
         RunResult {
@@ -165,6 +174,7 @@ impl Run<'_> {
             violation,
             faults: faults.chain(failed.iter().map(|call| format!("{call:?} fails"))).collect(),
             trace: clock.trace.hash(),
+            codings,
             steps: clock.steps,
             virtual_ms: (self.passed + clock.now).as_millis() as u64,
             frames: self.frames,
@@ -353,6 +363,7 @@ impl Run<'_> {
         scenario.config = SourceConfig::default();
         scenario.config.lanes = self.scenario.config.lanes;
         scenario.config.verify = self.scenario.config.verify;
+        scenario.config.encode = self.scenario.config.encode.clone();
         scenario.config.timeout = Duration::from_secs(20);
         scenario.config.on_timeout = OnTimeout::SwitchOver;
         scenario.destination_config = DestinationConfig::default();
@@ -363,6 +374,7 @@ impl Run<'_> {
         clock.note("world", "again", || "a second migration, on a healthy network".to_owned());
         let (steps, guest) = (self.world.ctx.clock.steps, Arc::clone(&self.world.guest));
         self.passed = self.world.ctx.clock.now;
+        self.codings = self.world.source.codings;
         let mut world = World::new(&scenario, clock, guest);
         world.start();
         let before = std::mem::replace(&mut self.world, world);
@@ -423,7 +435,8 @@ fn check_error(outcome: &Outcome, mut struck: impl Iterator<Item = Fault>) -> Ve
 
 /// Asks a destination's session who owns the guest.
 fn ask(session: &mut DestinationSession, id: SessionId) -> Option<Owner> {
-    let greeting = Greeting { version_min: 1, version_max: 1, session: id, role: GreetingRole::Settle };
+    let (version_min, version_max) = (PROTOCOL_MIN, PROTOCOL_MAX);
+    let greeting = Greeting { version_min, version_max, session: id, role: GreetingRole::Settle };
     let lane = LaneKey(u64::MAX);
     session.handle(Duration::ZERO, DestinationInput::Greeted { lane, greeting, peer: String::new() });
     std::iter::from_fn(|| session.poll_action()).find_map(|action| match action {

@@ -3,7 +3,8 @@
 
 use std::time::Duration;
 
-use pageferry::config::{OnTimeout, Verify};
+use pageferry::config::{Compress, EncodeConfig, OnTimeout, Verify};
+use pageferry::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE};
 use pageferry::memory::{Layout, Region, Transfer};
 use pageferry::transport::LaneRole;
 use pageferry::units::PAGE_SIZE;
@@ -11,6 +12,7 @@ use pageferry::wire::Kind;
 use pageferry::{DestinationConfig, SourceConfig};
 
 use crate::fault::{Call, Cut, Fault, Scope, Trigger, Which};
+use crate::guest::Mix;
 use crate::network::Link;
 use crate::random::Random;
 
@@ -26,6 +28,16 @@ pub(crate) struct Pattern {
     pub(crate) first: u64,
     /// It gives pages back to the host, too.
     pub(crate) gives_back: bool,
+    pub(crate) mix: Mix,
+}
+
+/// How the encoder threads take their time.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct EncoderPlan {
+    /// Longest time from taking a batch to reading memory, and from there to handing it over.
+    pub(crate) longest: Duration,
+    /// Buffers for batches; the driver has at least three.
+    pub(crate) buffers: usize,
 }
 
 /// In which words a tracker reports.
@@ -68,8 +80,14 @@ pub(crate) enum Canary {
     LostDirtyBit,
     /// The destination starts the guest when it is prepared, without waiting for Commit.
     StartsWithoutCommit,
-    /// The destination places pages of a newer round before the older round is complete.
+    /// The destination places pages of a newer step before the older step is complete.
     BarrierOvertaken,
+    /// The same, but of copies only: those of a round may overtake its contents.
+    CopiesOvertake,
+    /// The source copies from pages that are copies themselves in the same step.
+    CopiesUnchecked,
+    /// Pages of an abandoned round are dirty again, but booked as sent.
+    GivenBackBooked,
 }
 
 /// Somebody else at the destination's door.
@@ -106,6 +124,7 @@ pub(crate) struct Scenario {
     pub(crate) tears: bool,
     pub(crate) knows_populated: bool,
     pub(crate) config: SourceConfig,
+    pub(crate) encoding: EncoderPlan,
     pub(crate) destination_config: DestinationConfig,
     /// Decisions of the convergence policy come from the seed.
     pub(crate) random_policy: bool,
@@ -122,20 +141,26 @@ impl Scenario {
         let mut random = Random::new(seed);
         let layout = layout(&mut random.fork(1));
         let pages: u64 = layout.regions().iter().map(Region::page_count).sum();
-        let config = source_config(&mut random.fork(2));
+        let mut config = source_config(&mut random.fork(2));
+        config.encode = encode_config(&mut random.fork(7));
+        let encoding = encoder_plan(&mut random.fork(8), &config);
         let destination_config = destination_config(&mut random.fork(3), &config);
-        let link = link(&mut random.fork(4), &config);
+        let mut link = link(&mut random.fork(4), &config);
         let mut vm = vm_plan(&mut random.fork(5));
         let mut dice = random.fork(6);
         let faults = if dice.chance(15) { Vec::new() } else { faults(&mut dice, &config) };
         if dice.chance(15) {
             vm.failures = vec![(dice.pick(&CALLS), dice.below(2) as u32)];
         }
+        let long = random.fork(9).chance(8);
+        if long {
+            make_long(&mut random.fork(10), &mut link);
+        }
         let visits = if dice.chance(10) { vec![(dice.micros(1..=50_000), visit(&mut dice))] } else { Vec::new() };
         Self {
             name: format!("seed {seed}"),
             seed,
-            filled: dice.pick(&[0, 10, 60, 100]),
+            filled: if long { 100 } else { dice.pick(&[0, 10, 60, 100]) },
             runs: !dice.chance(5),
             pattern: pattern(&mut dice, pages),
             tracking: tracking(&mut dice),
@@ -144,6 +169,7 @@ impl Scenario {
             random_policy: dice.chance(30),
             layout,
             config,
+            encoding,
             destination_config,
             link,
             vm,
@@ -157,6 +183,9 @@ impl Scenario {
     pub(crate) fn calm(name: &str, layout: Layout) -> Self {
         let mut config = SourceConfig::default();
         config.lanes = 0;
+        config.encode = EncodeConfig::default();
+        config.encode.threads = 2;
+        config.encode.delta_cache = 1 << 20;
         config.peer_timeout = Duration::from_secs(2);
         config.settle_window = Duration::from_secs(3);
         let mut destination_config = DestinationConfig::default();
@@ -169,11 +198,19 @@ impl Scenario {
             layout,
             filled: 40,
             runs: true,
-            pattern: Pattern { interval: Duration::from_millis(2), writes: 1, reach: 2, first: 5, gives_back: false },
+            pattern: Pattern {
+                interval: Duration::from_millis(2),
+                writes: 1,
+                reach: 2,
+                first: 5,
+                gives_back: false,
+                mix: Mix::All,
+            },
             tracking: Tracking { manual: false, initially_set: false, report: Report::Words, loses_a_bit: false },
             tears: false,
             knows_populated: true,
             config,
+            encoding: EncoderPlan { longest: Duration::from_micros(200), buffers: 4 },
             destination_config,
             random_policy: false,
             link: Link {
@@ -244,6 +281,7 @@ fn pattern(random: &mut Random, pages: u64) -> Pattern {
         reach,
         first: random.below(pages.max(1)),
         gives_back: random.chance(40),
+        mix: random.pick(&[Mix::New, Mix::Moves, Mix::Moves, Mix::Flips, Mix::Touches, Mix::All, Mix::All]),
     }
 }
 
@@ -272,6 +310,23 @@ fn source_config(random: &mut Random) -> SourceConfig {
     config
 }
 
+/// Small caches throw pages out; the smallest holds one set of 8 pages for every 128 of the guest.
+fn encode_config(random: &mut Random) -> EncodeConfig {
+    let mut config = EncodeConfig::default();
+    config.threads = random.pick(&[1, 1, 2, 3, 4, 6]);
+    config.compress = random.pick(&[Compress::Auto, Compress::Auto, Compress::Auto, Compress::Off, Compress::Level(1)]);
+    config.duplicates = random.chance(85);
+    config.delta_cache = random.pick(&[0, 1 << 20, 1 << 20, 3 << 20, 256 << 20]);
+    config
+}
+
+/// As many buffers as the driver makes, or fewer, so that a small guest is short of them too.
+fn encoder_plan(random: &mut Random, config: &SourceConfig) -> EncoderPlan {
+    let encoders = usize::from(config.encode.threads) * BATCHES_PER_ENCODER;
+    let all = encoders + usize::from(config.lanes.max(1)) * BATCHES_PER_LANE;
+    EncoderPlan { longest: random.micros(1..=5_000), buffers: random.pick(&[1, 2, all, all]) }
+}
+
 fn destination_config(random: &mut Random, source: &SourceConfig) -> DestinationConfig {
     let mut config = DestinationConfig::default();
     let same = random.chance(70);
@@ -297,12 +352,17 @@ fn link(random: &mut Random, config: &SourceConfig) -> Link {
     Link { latency, bandwidth, jitter: random.micros(1..=5_000), capacity: random.log_within(4_096..=4 << 20) }
 }
 
+/// A link on which a round takes so long that the dirty bits are looked at in the middle of it.
+fn make_long(random: &mut Random, link: &mut Link) {
+    link.bandwidth.fill(random.log_within(400_000..=1_000_000));
+}
+
 fn vm_plan(random: &mut Random) -> VmPlan {
     VmPlan {
         // Some take longer than the peer may be silent.
         longest_call: if random.chance(8) { random.micros(500_000..=8_000_000) } else { random.micros(1..=100_000) },
         state_len: random.pick(&[0, 1, 100, 5_000, 300_000, 600_000]),
-        save_writes: random.pick(&[0, 0, 1, 3]),
+        save_writes: random.pick(&[0, 0, 1, 3, 20]),
         failures: Vec::new(),
     }
 }
@@ -352,7 +412,7 @@ fn which(random: &mut Random, config: &SourceConfig) -> Which {
         Kind::Accept,
         Kind::Pages,
         Kind::Pages,
-        Kind::RoundEnd,
+        Kind::StepEnd,
         Kind::RoundAck,
         Kind::Heartbeat,
         Kind::Abort,

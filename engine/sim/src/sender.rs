@@ -5,8 +5,7 @@ use std::collections::VecDeque;
 use std::time::Duration;
 
 use pageferry::Error;
-use pageferry::batch::Batch;
-use pageferry::encode::{EncodedBatch, Encoder, Tally};
+use pageferry::encode::EncodedBatch;
 use pageferry::limits::HEARTBEAT;
 use pageferry::transport::LaneRole;
 use pageferry::wire::Message;
@@ -15,13 +14,10 @@ use crate::clock::{Event, HostId};
 use crate::network::{End, LaneId};
 use crate::world::Context;
 
-/// Time to encode one page.
-const ENCODING: Duration = Duration::from_micros(1);
-
 /// What a sending thread tells its driver.
 pub(crate) enum Said {
-    /// The lane has ended its round.
-    Flushed(Tally),
+    /// The lane has ended the open step.
+    Flushed,
     /// The messages have ended and all have left.
     AllSent,
     /// The lane broke.
@@ -31,7 +27,10 @@ pub(crate) enum Said {
 /// What all sending threads of a side share.
 #[derive(Default)]
 pub(crate) struct Shared {
-    pub(crate) batches: VecDeque<Batch>,
+    /// Encoded batches that wait for a lane.
+    pub(crate) ready: VecDeque<Box<EncodedBatch>>,
+    /// Buffers that wait for a batch: there are only so many.
+    pub(crate) free: Vec<Box<EncodedBatch>>,
     /// Bytes per second over all lanes.
     pub(crate) bandwidth: Option<u64>,
     pub(crate) paid_until: Duration,
@@ -41,8 +40,8 @@ pub(crate) struct Shared {
 
 enum State {
     Idle,
-    /// A batch is being encoded and paid for until the next event.
-    Encoding,
+    /// The batch is being paid for until the next event.
+    Paying,
     /// The lane has taken the frame, but has no room for more.
     Blocked(Frame),
     Gone,
@@ -53,7 +52,7 @@ enum State {
 enum Frame {
     Message,
     Pages,
-    RoundEnd,
+    StepEnd,
 }
 
 /// A sending thread.
@@ -70,9 +69,9 @@ pub(crate) struct Sender {
     orders: VecDeque<u32>,
     orders_open: bool,
     ending: Option<u32>,
-    encoder: Option<Encoder>,
-    encoded: EncodedBatch,
-    tally: Tally,
+    carries_pages: bool,
+    /// The batch that it sends.
+    batch: Option<Box<EncodedBatch>>,
     scheduled: bool,
     idle_since: u64,
 }
@@ -92,16 +91,15 @@ impl Sender {
             orders: VecDeque::new(),
             orders_open: true,
             ending: None,
-            encoder: None,
-            encoded: EncodedBatch::default(),
-            tally: Tally::default(),
+            carries_pages: false,
+            batch: None,
             scheduled: false,
             idle_since: 0,
         }
     }
 
-    pub(crate) fn carrying_pages(mut self, encoder: Encoder) -> Self {
-        self.encoder = Some(encoder);
+    pub(crate) fn carrying_pages(mut self) -> Self {
+        self.carries_pages = true;
         self
     }
 
@@ -114,11 +112,12 @@ impl Sender {
     }
 
     pub(crate) fn carries_pages(&self) -> bool {
-        self.encoder.is_some()
+        self.carries_pages
     }
 
-    pub(crate) fn order(&mut self, ctx: &mut Context, round: u32) {
-        self.orders.push_back(round);
+    /// The step's batches were all: send what is left, and say so.
+    pub(crate) fn end_step(&mut self, ctx: &mut Context, step: u32) {
+        self.orders.push_back(step);
         self.wake(ctx);
     }
 
@@ -154,47 +153,47 @@ impl Sender {
                 self.state = State::Gone;
                 return None;
             }
-            State::Blocked(frame) => self.look(ctx, frame),
-            State::Encoding => self.send_pages(ctx),
+            State::Blocked(frame) => self.look(ctx, shared, frame),
+            State::Paying => self.send_pages(ctx, shared),
             State::Idle => return self.begin(ctx, shared),
         };
         self.conclude(ctx, result)
     }
 
     /// Nothing was sent for long enough.
-    pub(crate) fn beat(&mut self, ctx: &mut Context, shared: &Shared, since: u64) -> Option<Said> {
+    pub(crate) fn beat(&mut self, ctx: &mut Context, shared: &mut Shared, since: u64) -> Option<Said> {
         let idle = matches!(self.state, State::Idle) && since == self.idle_since && !self.scheduled;
         if !idle || self.role != LaneRole::Control {
             return None;
         }
-        let result = self.write_message(ctx, &Message::Heartbeat { received: shared.progress });
+        let result = self.write_message(ctx, shared, &Message::Heartbeat { received: shared.progress });
         self.conclude(ctx, result)
     }
 
     /// Takes the next thing to do, in the order in which the threads prefer them.
     fn begin(&mut self, ctx: &mut Context, shared: &mut Shared) -> Option<Said> {
         self.idle_since += 1;
-        if let Some(round) = self.ending {
-            return self.go_on_ending(ctx, shared, round);
+        if let Some(step) = self.ending {
+            return self.go_on_ending(ctx, shared, step);
         }
         if let Some(message) = self.messages.pop_front() {
-            let result = self.write_message(ctx, &message);
+            let result = self.write_message(ctx, shared, &message);
             return self.conclude(ctx, result);
         }
         if self.role == LaneRole::Control && !self.messages_open {
             self.state = State::Gone;
             return Some(Said::AllSent);
         }
-        if let Some(round) = self.orders.pop_front() {
-            self.ending = Some(round);
-            return self.go_on_ending(ctx, shared, round);
+        if let Some(step) = self.orders.pop_front() {
+            self.ending = Some(step);
+            return self.go_on_ending(ctx, shared, step);
         }
         if !self.orders_open && self.role != LaneRole::Control {
             self.state = State::Gone;
             return None;
         }
-        if self.orders_open && self.encode_next(ctx, shared) {
-            return self.fail_encoding();
+        if self.orders_open && self.take_batch(ctx, shared) {
+            return None;
         }
         if self.role == LaneRole::Control {
             ctx.clock.after(HEARTBEAT, Event::Heartbeat(self.host, self.index, self.idle_since));
@@ -202,62 +201,66 @@ impl Sender {
         None
     }
 
-    fn go_on_ending(&mut self, ctx: &mut Context, shared: &mut Shared, round: u32) -> Option<Said> {
-        if self.encode_next(ctx, shared) {
-            return self.fail_encoding();
+    fn go_on_ending(&mut self, ctx: &mut Context, shared: &mut Shared, step: u32) -> Option<Said> {
+        if self.take_batch(ctx, shared) {
+            return None;
         }
-        let frame = Message::RoundEnd { round }.encode(self.sequence);
-        let result = self.write(ctx, Frame::RoundEnd, frame);
+        let frame = Message::StepEnd { step }.encode(self.sequence);
+        let result = self.write(ctx, shared, Frame::StepEnd, frame);
         self.conclude(ctx, result)
     }
 
-    /// Begins with the next batch, if there is one. Memory is read now; the frame leaves later.
-    fn encode_next(&mut self, ctx: &mut Context, shared: &mut Shared) -> bool {
-        let Some(encoder) = &mut self.encoder else { return false };
-        let Some(batch) = shared.batches.pop_front() else { return false };
-        self.state = State::Encoding;
-        if let Err(error) = encoder.encode(&batch, &mut self.encoded) {
-            self.state = State::Gone;
-            ctx.clock.note("sender", "memory", || error.to_string());
-            return true;
+    /// Begins with the next batch, if there is one: it leaves when it is paid for.
+    fn take_batch(&mut self, ctx: &mut Context, shared: &mut Shared) -> bool {
+        if !self.carries_pages {
+            return false;
         }
-        let encoding = ENCODING * batch.pages as u32;
-        let paid = shared.pay(ctx.clock.now, self.encoded.tally().wire_bytes);
-        ctx.clock.at(paid.max(ctx.clock.now + encoding), Event::Sender(self.host, self.index));
+        let Some(batch) = shared.ready.pop_front() else { return false };
+        let paid = shared.pay(ctx.clock.now, batch.tally().wire_bytes);
+        self.batch = Some(batch);
+        self.state = State::Paying;
         self.scheduled = true;
+        ctx.clock.at(paid, Event::Sender(self.host, self.index));
         true
     }
 
-    fn fail_encoding(&self) -> Option<Said> {
-        let gone = matches!(self.state, State::Gone);
-        gone.then(|| Said::Broken(Error::Bug("guest memory could not be read".to_owned())))
-    }
-
-    fn send_pages(&mut self, ctx: &mut Context) -> std::io::Result<Option<Said>> {
-        let mut frame = Vec::with_capacity(self.encoded.tally().wire_bytes as usize);
-        for part in self.encoded.seal(self.sequence) {
+    fn send_pages(&mut self, ctx: &mut Context, shared: &mut Shared) -> std::io::Result<Option<Said>> {
+        let Some(batch) = &mut self.batch else { return Ok(None) };
+        let mut frame = Vec::with_capacity(batch.tally().wire_bytes as usize);
+        for part in batch.seal(self.sequence) {
             frame.extend_from_slice(&part);
         }
-        self.write(ctx, Frame::Pages, frame)
+        self.write(ctx, shared, Frame::Pages, frame)
     }
 
-    fn write_message(&mut self, ctx: &mut Context, message: &Message) -> std::io::Result<Option<Said>> {
+    fn write_message(
+        &mut self,
+        ctx: &mut Context,
+        shared: &mut Shared,
+        message: &Message,
+    ) -> std::io::Result<Option<Said>> {
         let frame = message.encode(self.sequence);
-        self.write(ctx, Frame::Message, frame)
+        self.write(ctx, shared, Frame::Message, frame)
     }
 
-    fn write(&mut self, ctx: &mut Context, what: Frame, frame: Vec<u8>) -> std::io::Result<Option<Said>> {
+    fn write(
+        &mut self,
+        ctx: &mut Context,
+        shared: &mut Shared,
+        what: Frame,
+        frame: Vec<u8>,
+    ) -> std::io::Result<Option<Said>> {
         ctx.note_frame(self.lane, self.end, &frame);
         let taken = ctx.network.write(&mut ctx.clock, self.lane, self.end, frame)?;
-        Ok(self.after_write(ctx, what, taken))
+        Ok(self.after_write(ctx, shared, what, taken))
     }
 
-    fn look(&mut self, ctx: &mut Context, what: Frame) -> std::io::Result<Option<Said>> {
+    fn look(&mut self, ctx: &mut Context, shared: &mut Shared, what: Frame) -> std::io::Result<Option<Said>> {
         let taken = ctx.network.is_written(self.lane, self.end)?;
-        Ok(self.after_write(ctx, what, taken))
+        Ok(self.after_write(ctx, shared, what, taken))
     }
 
-    fn after_write(&mut self, ctx: &mut Context, what: Frame, taken: bool) -> Option<Said> {
+    fn after_write(&mut self, ctx: &mut Context, shared: &mut Shared, what: Frame, taken: bool) -> Option<Said> {
         if !taken {
             self.state = State::Blocked(what);
             return None;
@@ -267,12 +270,12 @@ impl Sender {
         let said = match what {
             Frame::Message => None,
             Frame::Pages => {
-                self.tally.add(self.encoded.tally());
+                shared.free.extend(self.batch.take());
                 None
             }
-            Frame::RoundEnd => {
+            Frame::StepEnd => {
                 self.ending = None;
-                Some(Said::Flushed(std::mem::take(&mut self.tally)))
+                Some(Said::Flushed)
             }
         };
         self.wake(ctx);

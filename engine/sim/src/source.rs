@@ -2,8 +2,11 @@
 //! the real driver does, takes one event per turn, and is deaf while a call into the VM lasts.
 
 mod calls;
+mod encoders;
 mod lanes;
 mod rounds;
+
+pub(crate) use encoders::Encoders;
 
 use std::collections::VecDeque;
 use std::io;
@@ -12,23 +15,27 @@ use std::time::Duration;
 
 use pageferry::Error;
 use pageferry::batch::{Batch, Planner};
+use pageferry::config::EncodeConfig;
 use pageferry::digest::{Digest, DigestKey, HashTable, PageHasher};
 use pageferry::dirty::Accumulator;
 use pageferry::encode::Tally;
-use pageferry::limits::{FAREWELL, PLANNED_BATCHES_PER_WORKER};
+use pageferry::limits::FAREWELL;
 use pageferry::memory::GuestMemory;
 use pageferry::session::{Outcome, SourceAction, SourceInput, SourceSession, SourceSetup};
 use pageferry::transport::LaneRole;
+use pageferry::units::PageRun;
 use pageferry::vm::VmResult;
 use pageferry::wire::{FrameBuffer, Message, SessionId, WireError};
 
+use crate::campaign::Codings;
 use crate::clock::{Event, HostId};
 use crate::guest::{SharedGuest, lock};
 use crate::network::LaneId;
 use crate::random::Random;
+use crate::scenario::{Canary, EncoderPlan};
 use crate::sender::{Sender, Shared};
 use crate::verify;
-use crate::vm::Tracker;
+use crate::vm::{Interruption, Tracker};
 use crate::world::Context;
 
 /// How often the driver looks at the clock at least.
@@ -43,7 +50,11 @@ enum Heard {
     /// From a control lane; of one that was replaced it means nothing any more.
     Control(LaneId, ControlHeard),
     DataLaneBroken(Error),
-    LaneFlushed(Tally),
+    /// A lane has sent all it has of the open step.
+    LaneFlushed,
+    /// A batch was encoded, and has gone to the lanes unless nothing of it needs to be sent.
+    Encoded(Tally, Vec<PageRun>),
+    EncodingFailed(Error),
     Hashed(Digest),
 }
 
@@ -76,6 +87,17 @@ struct Wishes {
     downtime_limit: Option<Duration>,
 }
 
+/// How far the open step of a round is.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    /// There may be more to plan.
+    Planning,
+    /// All is planned, not all encoded.
+    Encoding,
+    /// The lanes were told to end the step.
+    Flushing,
+}
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Life {
     Driving,
@@ -88,13 +110,17 @@ pub(crate) struct SourceParts {
     pub(crate) id: HostId,
     pub(crate) guest: SharedGuest,
     pub(crate) memory: Arc<dyn GuestMemory>,
+    pub(crate) interruption: Option<Interruption>,
     pub(crate) session: SourceSession,
     pub(crate) session_id: SessionId,
     pub(crate) digest_key: DigestKey,
     pub(crate) lanes: u16,
+    pub(crate) encode: EncodeConfig,
+    pub(crate) encoding: EncoderPlan,
     pub(crate) bandwidth: Option<u64>,
     pub(crate) vm: crate::scenario::VmPlan,
     pub(crate) random: Random,
+    pub(crate) canary: Option<Canary>,
 }
 
 /// A source's process.
@@ -102,11 +128,15 @@ pub(crate) struct SourceHost {
     pub(crate) id: HostId,
     guest: SharedGuest,
     memory: Arc<dyn GuestMemory>,
+    interruption: Option<Interruption>,
     session: SourceSession,
     session_id: SessionId,
     lanes: u16,
+    encode: EncodeConfig,
+    encoder_plan: EncoderPlan,
     vm: crate::scenario::VmPlan,
     random: Random,
+    canary: Option<Canary>,
     started: Duration,
     hasher: PageHasher,
     table: Arc<HashTable>,
@@ -120,8 +150,14 @@ pub(crate) struct SourceHost {
     inbox: VecDeque<Heard>,
     planner: Option<Planner>,
     planned: Option<Batch>,
+    encoders: Option<Encoders>,
+    stage: Stage,
+    /// Batches that encoders have.
+    encoding: usize,
+    /// Lanes that have not ended the open step.
     flushing: usize,
-    flushed: Tally,
+    round_tally: Tally,
+    pub(crate) codings: Codings,
     wishes: Wishes,
     work: Option<(SourceAction, Option<SourceInput>)>,
     life: Life,
@@ -164,14 +200,22 @@ impl SourceHost {
             lanes: parts.lanes,
             vm: parts.vm,
             random: parts.random,
+            canary: parts.canary,
             started: Duration::ZERO,
             hasher: PageHasher::new(&parts.digest_key),
             table: Arc::new(HashTable::new(layout.page_space())),
             dirty: Accumulator::new(layout),
             tracker: Tracker(Arc::clone(&parts.guest)),
-            shared: Shared { bandwidth: parts.bandwidth, ..Shared::default() },
+            shared: Shared {
+                bandwidth: parts.bandwidth,
+                free: (0..parts.encoding.buffers).map(|_| Box::default()).collect(),
+                ..Shared::default()
+            },
+            encode: parts.encode,
+            encoder_plan: parts.encoding,
             guest: parts.guest,
             memory: parts.memory,
+            interruption: parts.interruption,
             senders: Vec::new(),
             control: None,
             receivers: Vec::new(),
@@ -179,8 +223,12 @@ impl SourceHost {
             inbox: VecDeque::new(),
             planner: None,
             planned: None,
+            encoders: None,
+            stage: Stage::Planning,
+            encoding: 0,
             flushing: 0,
-            flushed: Tally::default(),
+            round_tally: Tally::default(),
+            codings: Codings::default(),
             wishes: Wishes::default(),
             work: None,
             life: Life::Driving,
@@ -251,19 +299,12 @@ impl SourceHost {
 
     /// One of the things that the driver waits for.
     fn take_one(&mut self, ctx: &mut Context) {
-        let lane_ready = self.planned.is_some() && self.has_room();
-        if lane_ready && (self.inbox.is_empty() || self.random.chance(50)) {
-            if let Some(batch) = self.planned.take() {
-                self.shared.batches.push_back(batch);
-                self.wake_senders(ctx);
-            }
+        let buffer_free = self.planned.is_some() && !self.shared.free.is_empty();
+        if buffer_free && (self.inbox.is_empty() || self.random.chance(50)) {
+            self.encode_planned(ctx);
         } else if let Some(heard) = self.inbox.pop_front() {
             self.on_event(ctx, heard);
         }
-    }
-
-    fn has_room(&self) -> bool {
-        self.shared.batches.len() < usize::from(self.lanes.max(1)) * PLANNED_BATCHES_PER_WORKER
     }
 
     /// Performs actions until there are none, a call takes time, or the session has ended; then waits.
@@ -287,7 +328,7 @@ impl SourceHost {
 
     fn await_more(&mut self, ctx: &mut Context) {
         self.wait += 1;
-        if !self.inbox.is_empty() || (self.planned.is_some() && self.has_room()) {
+        if !self.inbox.is_empty() || (self.planned.is_some() && !self.shared.free.is_empty()) {
             self.turn_soon(ctx);
         }
         let now = ctx.clock.now;
@@ -346,7 +387,9 @@ impl SourceHost {
             }
             Heard::Control(_, ControlHeard::Sent) => {}
             Heard::DataLaneBroken(error) => self.tell(ctx, SourceInput::DataLaneLost(error)),
-            Heard::LaneFlushed(tally) => self.on_flushed(ctx, &tally),
+            Heard::LaneFlushed => self.on_flushed(ctx),
+            Heard::Encoded(tally, deferred) => self.on_encoded(ctx, &tally, &deferred),
+            Heard::EncodingFailed(error) => self.tell(ctx, SourceInput::Failed(error)),
             Heard::Hashed(digest) => self.tell(ctx, SourceInput::FullDigest(digest)),
         }
     }
@@ -368,11 +411,14 @@ impl SourceHost {
                 self.dialling = Some((count, Vec::new()));
                 self.dial_next(ctx);
             }
-            SourceAction::SendRound(round) => {
-                self.planner = Some(Planner::new(round));
+            SourceAction::SendRound { round, hold } => {
+                let planner = hold.map_or_else(|| Planner::new(round), |hold| Planner::patient(round, hold));
+                self.planner = Some(planner);
+                self.stage = Stage::Planning;
+                self.round_tally = Tally::default();
                 self.plan(ctx);
             }
-            SourceAction::AbandonRound => self.abandon_round(ctx),
+            SourceAction::AbandonRound => self.abandon_round(),
             SourceAction::Acknowledge => self.dirty.acknowledge(),
             SourceAction::FullDigest => ctx.clock.after(verify::time(&self.guest), Event::Verified(self.id)),
             SourceAction::Notify(_) => {}

@@ -2,7 +2,7 @@
 //! while they are read) and its dirty tracker with the two behaviours that KVM has.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use pageferry::dirty::{DirtySink, DirtySource, Point};
 use pageferry::memory::{GuestMemory, Layout, MappedMemory, MemoryError, RegionId, Transfer, Window};
@@ -18,11 +18,57 @@ pub(crate) struct TearingMemory {
     inner: Arc<MappedMemory>,
     guest: SharedGuest,
     knows_populated: bool,
+    interruption: Interruption,
 }
 
 impl TearingMemory {
     pub(crate) fn new(inner: Arc<MappedMemory>, guest: SharedGuest, knows_populated: bool) -> Self {
-        Self { inner, guest, knows_populated }
+        Self { inner, guest, knows_populated, interruption: Interruption::default() }
+    }
+
+    /// What may come between the reading of two pages.
+    pub(crate) fn interruption(&self) -> Interruption {
+        self.interruption.clone()
+    }
+}
+
+/// Something that another thread does while one reads memory.
+#[derive(Clone, Default)]
+pub(crate) struct Interruption(Arc<Mutex<Option<Pending>>>);
+
+struct Pending {
+    reads_before: u64,
+    work: Box<dyn FnOnce() + Send>,
+}
+
+impl Interruption {
+    /// Has `work` done in the middle of the reads that follow.
+    pub(crate) fn begin(&self, reads_before: u64, work: impl FnOnce() + Send + 'static) {
+        *self.pending() = Some(Pending { reads_before, work: Box::new(work) });
+    }
+
+    /// The reads are over.
+    pub(crate) fn end(&self) {
+        *self.pending() = None;
+    }
+
+    fn on_read(&self) {
+        let mut pending = self.pending();
+        match &mut *pending {
+            Some(Pending { reads_before: left @ 1.., .. }) => *left -= 1,
+            due => {
+                let due = due.take();
+                // It reads, too.
+                drop(pending);
+                if let Some(due) = due {
+                    (due.work)();
+                }
+            }
+        }
+    }
+
+    fn pending(&self) -> std::sync::MutexGuard<'_, Option<Pending>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -42,7 +88,9 @@ unsafe impl GuestMemory for TearingMemory {
         let (first, second) = into.split_at_mut(half);
         self.inner.read(region, offset, first)?;
         lock(&self.guest).write_amid(region, offset / PAGE_SIZE as u64);
-        self.inner.read(region, offset + half as u64, second)
+        self.inner.read(region, offset + half as u64, second)?;
+        self.interruption.on_read();
+        Ok(())
     }
 
     fn write(&self, region: RegionId, offset: u64, from: &[u8]) -> Result<(), MemoryError> {

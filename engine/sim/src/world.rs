@@ -9,9 +9,10 @@ use pageferry::memory::GuestMemory;
 use pageferry::session::{DestinationSession, DestinationSetup, SourceSession};
 use pageferry::stats::RoundReport;
 use pageferry::transport::LaneRole;
-use pageferry::wire::{Greeting, GreetingRole, HEADER_LEN, Header, Message, SessionId};
+use pageferry::wire::{Greeting, GreetingRole, HEADER_LEN, Header, Message, PROTOCOL_MAX, SessionId};
 use pageferry::{Error, SourceConfig};
 
+use crate::audit::Audit;
 use crate::clock::{Clock, Event, HostId};
 use crate::destination::{DestinationHost, DestinationParts};
 use crate::fault::Fault;
@@ -32,6 +33,7 @@ const STRANGER: HostId = HostId(u32::MAX);
 pub(crate) struct Context {
     pub(crate) clock: Clock,
     pub(crate) network: Network,
+    pub(crate) audit: Audit,
 }
 
 impl Context {
@@ -42,10 +44,13 @@ impl Context {
     }
 
     pub(crate) fn note_frame(&mut self, lane: LaneId, end: End, frame: &[u8]) {
+        if end == End::Source {
+            self.audit.see(frame);
+        }
         let who = if end == End::Source { "source" } else { "destination" };
         self.clock.note(who, (lane, &frame[4..HEADER_LEN]), || {
             let header = Header::decode(&frame[..HEADER_LEN]);
-            let text = header.map(|h| format!("{:?} {} round {}, {} bytes", h.kind, h.sequence, h.round, frame.len()));
+            let text = header.map(|h| format!("{:?} {} step {}, {} bytes", h.kind, h.sequence, h.step, frame.len()));
             format!("   lane {lane}: {}", text.unwrap_or_else(|error| error.to_string()))
         });
     }
@@ -79,7 +84,8 @@ impl World {
             canary: scenario.canary,
             knows_nothing: false,
         });
-        let ctx = Context { clock, network };
+        let audit = Audit::new(scenario.layout.clone());
+        let ctx = Context { clock, network, audit };
         Self {
             ctx,
             guest,
@@ -155,7 +161,7 @@ impl World {
     pub(crate) fn step(&mut self) -> Option<String> {
         let event = self.ctx.clock.pop()?;
         self.dispatch(event);
-        lock(&self.guest).violation.take()
+        lock(&self.guest).violation.take().or_else(|| self.ctx.audit.violation.take())
     }
 
     fn dispatch(&mut self, event: Event) {
@@ -184,6 +190,7 @@ impl World {
         let (Event::Turn(host)
         | Event::Timer(host, _)
         | Event::Work(host)
+        | Event::Encoder(host, _)
         | Event::Sender(host, _)
         | Event::Heartbeat(host, ..)
         | Event::Receiver(host, _)
@@ -206,6 +213,7 @@ impl World {
             Event::Turn(_) => source.on_turn(ctx),
             Event::Timer(_, wait) => source.on_timer(ctx, wait),
             Event::Work(_) => source.on_work_done(ctx),
+            Event::Encoder(_, index) => source.on_encoder(ctx, index),
             Event::Sender(_, index) => source.on_sender(ctx, index),
             Event::Heartbeat(_, index, since) => source.on_heartbeat(ctx, index, since),
             Event::Verified(_) => source.on_verified(ctx),
@@ -376,9 +384,9 @@ fn greeting_of(visit: Visit, random: &mut Random) -> Vec<u8> {
             bytes
         }
         Visit::Version => greeting(999, GreetingRole::Control),
-        Visit::Leaves | Visit::Waits => greeting(1, GreetingRole::Control),
-        Visit::Unknown(true) => greeting(1, GreetingRole::Settle),
-        Visit::Unknown(false) => greeting(1, GreetingRole::Data(0)),
+        Visit::Leaves | Visit::Waits => greeting(PROTOCOL_MAX, GreetingRole::Control),
+        Visit::Unknown(true) => greeting(PROTOCOL_MAX, GreetingRole::Settle),
+        Visit::Unknown(false) => greeting(PROTOCOL_MAX, GreetingRole::Data(0)),
     }
 }
 
@@ -402,23 +410,29 @@ fn new_source(
 
 fn source_parts(scenario: &Scenario, guest: &SharedGuest, id: HostId, random: Random) -> SourceParts {
     let mapped = Arc::clone(&lock(guest).source.memory);
-    let memory: Arc<dyn GuestMemory> = if scenario.tears {
-        Arc::new(TearingMemory::new(mapped, Arc::clone(guest), scenario.knows_populated))
+    let (memory, interruption): (Arc<dyn GuestMemory>, _) = if scenario.tears {
+        let tearing = TearingMemory::new(mapped, Arc::clone(guest), scenario.knows_populated);
+        let interruption = tearing.interruption();
+        (Arc::new(tearing), Some(interruption))
     } else {
-        mapped
+        (mapped, None)
     };
     let setup = setup(&scenario.config, guest, &mut random.clone(), 0, Box::new(Adaptive::default()));
     SourceParts {
         id,
         guest: Arc::clone(guest),
         memory,
+        interruption,
         session_id: setup.session,
         session: SourceSession::new(setup),
         digest_key: DigestKey([0; 32]),
         lanes: scenario.config.lanes,
+        encode: scenario.config.encode.clone(),
+        encoding: scenario.encoding,
         bandwidth: scenario.config.bandwidth,
         vm: VmPlan::clone(&scenario.vm),
         random,
+        canary: scenario.canary,
     }
 }
 

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use pageferry::Error;
-use pageferry::barrier::RoundBarrier;
+use pageferry::barrier::Barrier;
 use pageferry::digest::{HashTable, PageHasher};
 use pageferry::encode::Tally;
 use pageferry::session::{DestinationAction, DestinationInput};
@@ -15,7 +15,7 @@ use super::{DestinationHost, Heard, fresh_memory};
 use crate::clock::Event;
 use crate::fault::Call;
 use crate::guest::lock;
-use crate::receiver::Room;
+use crate::receiver::{Overtakes, Room};
 use crate::scenario::Canary;
 use crate::source::state_of;
 use crate::verify;
@@ -64,11 +64,15 @@ impl DestinationHost {
             hasher: PageHasher::new(&offer.digest_key),
             table: Arc::new(HashTable::new(offer.layout.page_space())),
             single_lane: offer.data_lanes == 0,
-            barrier: RoundBarrier::new(offer.data_lanes.max(1)),
+            barrier: Barrier::new(offer.data_lanes.max(1)),
             tally: Tally::default(),
             closed: false,
             progress: 0,
-            overtakes: self.canary == Some(Canary::BarrierOvertaken),
+            overtakes: match self.canary {
+                Some(Canary::BarrierOvertaken) => Overtakes::Everything,
+                Some(Canary::CopiesOvertake) => Overtakes::Copies,
+                _ => Overtakes::Nothing,
+            },
             opened: false,
         });
         Ok(())

@@ -137,7 +137,7 @@ impl DestinationHost {
     }
 
     pub(crate) fn on_heartbeat(&mut self, ctx: &mut Context, index: usize, since: u64) {
-        let said = self.senders[index].beat(ctx, &self.shared, since);
+        let said = self.senders[index].beat(ctx, &mut self.shared, since);
         self.on_said(ctx, index, said);
     }
 
@@ -145,7 +145,7 @@ impl DestinationHost {
         let heard = match said {
             Some(Said::AllSent) => LaneHeard::ControlSent,
             Some(Said::Broken(error)) => LaneHeard::ControlSendFailed(error),
-            Some(Said::Flushed(_)) | None => return,
+            Some(Said::Flushed) | None => return,
         };
         self.hear(ctx, Heard::Lane(self.generations[index], heard));
     }

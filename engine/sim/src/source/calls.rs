@@ -90,11 +90,21 @@ impl SourceHost {
                 self.dirty.mark_range(region, first..first + run.count);
             }
         }
-        SourceInput::Tracking { dirty_pages: self.dirty.dirty_pages() }
+        let dirty_pages = self.dirty.dirty_pages();
+        self.start_encoders(dirty_pages);
+        SourceInput::Tracking { dirty_pages }
     }
 
     pub(super) fn harvest(&mut self, point: Point) -> VmResult<SourceInput> {
         self.tracker.harvest(point, &mut self.dirty)?;
+        if let Some(planner) = &mut self.planner {
+            let tracker = &mut self.tracker;
+            let mut rearm = |region, first, words: &[u64]| tracker.rearm(region, first, words);
+            planner.watch_ahead(&mut self.dirty, &mut rearm)?;
+        }
+        if let Some(encoders) = &self.encoders {
+            encoders.shared.bases.note_dirty(|page| self.dirty.dirty().contains(page));
+        }
         Ok(SourceInput::Harvested { dirty_pages: self.dirty.dirty_pages() })
     }
 

@@ -1,10 +1,8 @@
 //! The source's lanes and the threads at them: dialling, sending, and hearing the control lane.
 
 use std::io;
-use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry::encode::Encoder;
 use pageferry::session::SourceInput;
 use pageferry::transport::{LaneRole, TransportError};
 use pageferry::wire::{FrameBuffer, Greeting, GreetingRole, Message, PROTOCOL_MAX, PROTOCOL_MIN, WireError};
@@ -79,7 +77,7 @@ impl SourceHost {
         }
         let mut sender = Sender::new(self.id, self.senders.len(), End::Source, lane, LaneRole::Control);
         if self.lanes == 0 {
-            sender = sender.carrying_pages(self.encoder());
+            sender = sender.carrying_pages();
         }
         sender.wake(ctx);
         self.control = Some(self.senders.len());
@@ -92,13 +90,9 @@ impl SourceHost {
     pub(super) fn open_lanes(&mut self, ctx: &mut Context, lanes: Vec<LaneId>) {
         for (index, lane) in (0..).zip(lanes) {
             let sender = Sender::new(self.id, self.senders.len(), End::Source, lane, LaneRole::Data(index));
-            self.senders.push(sender.carrying_pages(self.encoder()));
+            self.senders.push(sender.carrying_pages());
         }
         self.tell(ctx, SourceInput::LanesOpen);
-    }
-
-    pub(super) fn encoder(&self) -> Encoder {
-        Encoder::new(Arc::clone(&self.memory), self.hasher.clone(), Arc::clone(&self.table))
     }
 
     // ---- threads ----
@@ -117,26 +111,23 @@ impl SourceHost {
     }
 
     pub(crate) fn on_sender(&mut self, ctx: &mut Context, index: usize) {
-        let room_before = self.has_room();
         let sender = &mut self.senders[index];
         let control = sender.is_control().then_some(sender.lane);
         let said = sender.run(ctx, &mut self.shared);
         self.on_said(ctx, said, control);
-        if !room_before && self.has_room() && self.planned.is_some() && self.life == Life::Driving {
-            self.turn_soon(ctx);
-        }
+        self.see_free_buffer(ctx);
     }
 
     pub(crate) fn on_heartbeat(&mut self, ctx: &mut Context, index: usize, since: u64) {
         let sender = &mut self.senders[index];
         let lane = sender.lane;
-        let said = sender.beat(ctx, &self.shared, since);
+        let said = sender.beat(ctx, &mut self.shared, since);
         self.on_said(ctx, said, Some(lane));
     }
 
     pub(super) fn on_said(&mut self, ctx: &mut Context, said: Option<Said>, control: Option<LaneId>) {
         let heard = match (said, control) {
-            (Some(Said::Flushed(tally)), _) => Heard::LaneFlushed(tally),
+            (Some(Said::Flushed), _) => Heard::LaneFlushed,
             (Some(Said::AllSent), Some(lane)) => Heard::Control(lane, ControlHeard::Sent),
             (Some(Said::Broken(error)), Some(lane)) => Heard::Control(lane, ControlHeard::SendFailed(error)),
             (Some(Said::Broken(error)), None) => Heard::DataLaneBroken(error),
