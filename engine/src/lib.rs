@@ -9,12 +9,14 @@ pub mod units;
 pub mod barrier;
 pub mod batch;
 pub mod converge;
+pub mod delta;
 pub mod digest;
 pub mod dirty;
 pub mod encode;
 pub mod host;
 #[allow(unsafe_code)]
 pub mod memory;
+pub mod pattern;
 pub mod place;
 pub mod session;
 pub mod stats;

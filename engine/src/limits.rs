@@ -16,6 +16,9 @@ pub const MAX_REGION_NAME: usize = 64;
 /// between copy, hash and send, and is long enough to hide the cost of a frame.
 pub const MAX_BATCH_PAGES: usize = 128;
 
+/// Bytes of a page's delta. Half a page: what is longer saves too little to be worth keeping the base.
+pub const MAX_DELTA: usize = 2048;
+
 /// Bytes of a frame's body: one batch of literal pages and its records, rounded up generously.
 pub const MAX_FRAME_BODY: usize = 1 << 20;
 
