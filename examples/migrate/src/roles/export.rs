@@ -39,7 +39,7 @@ pub(super) fn export(options: &ExportOptions) -> ExitStatus {
 }
 
 fn try_export(options: &ExportOptions) -> Result<String, ExportError> {
-    let (path, params, memory) = (&options.file, options.guest.params(), options.guest.memory);
+    let (path, params, memory) = (&options.file, options.guest.params(), options.guest.memory());
     if !memory.is_multiple_of(PAGE_BYTES as u64) {
         return Err(ExportError::PartialPage(memory));
     }
