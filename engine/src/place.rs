@@ -337,6 +337,34 @@ mod tests {
     }
 
     #[test]
+    fn copies_of_pages_on_both_sides_of_a_region_border_arrive() {
+        let regions = vec![Region::ram("low", 0, 64 * 4096), Region::ram("high", 1 << 32, 64 * 4096)];
+        let (source, destination) = (side_of(regions.clone()), side_of(regions));
+        let mut dirty = Accumulator::new(source.memory.layout().clone());
+        for (region, page, text) in [(0, 63, b"last"), (1, 0, b"next"), (1, 10, b"last"), (1, 11, b"next")] {
+            source.memory.write(RegionId(region), page * 4096, text).unwrap();
+            dirty.mark_range(RegionId(region), page..page + 1);
+        }
+        let shared = Shared::new(source.table.clone(), 128, &crate::EncodeConfig::default());
+        let mut encoder = Encoder::new(source.memory.clone(), hasher(), Arc::new(shared));
+        let mut placer = Placer::new(destination.memory.clone(), hasher(), destination.table.clone());
+        let (mut planner, mut encoded, mut copied) = (Planner::new(0), EncodedBatch::default(), 0);
+        loop {
+            while let Some(batch) = planner.next_batch(&mut dirty, &mut |_, _, _| Ok(())).unwrap() {
+                encoder.encode(&batch, Choice::default(), &mut encoded).unwrap();
+                planner.defer(source.memory.layout(), encoded.deferred());
+                copied += encoded.tally().stages.copied_pages;
+                placer.place(&frame_of(&mut encoded)).unwrap();
+            }
+            if !planner.begin_copies() {
+                break;
+            }
+        }
+        assert_eq!(copied, 2);
+        assert_eq!(full_digest(&source), full_digest(&destination));
+    }
+
+    #[test]
     fn zero_pages_touch_nothing_at_a_fresh_destination() {
         let (source, destination) = (side(), side());
         source.memory.write(RegionId(0), 0, &vec![0; 100 * 4096]).unwrap();

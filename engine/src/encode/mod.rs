@@ -163,7 +163,7 @@ impl Encoder {
     ) -> Result<(), MemoryError> {
         let Self { reader, hasher, shared, pages, .. } = self;
         let table = &shared.table;
-        let mut expected = None;
+        let (mut expected, mut sources) = (None, 0..0);
         for run in &batch.runs {
             out.record_open = false;
             reader.read_run(*run, |page, read| {
@@ -174,6 +174,11 @@ impl Encoder {
                 let find = |index: &DuplicateIndex| index.find(hash, holds);
                 if let Some(from) = next.or_else(|| shared.duplicates.as_ref().and_then(find)) {
                     out.tally.stages.copied_pages += 1;
+                    if !sources.contains(&from.0) {
+                        // Like a run of pages, a run copied from ends where its region does.
+                        sources = reader.region_around(from);
+                        out.record_open = false;
+                    }
                     out.note(page, Coding::Copy { from }, hash, hash);
                     expected = Some(PageNumber(from.0 + 1));
                     return Ok(());

@@ -1,5 +1,6 @@
 //! Reading guest memory page by page, at memory speed where it is mapped.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use super::{GuestMemory, Layout, MemoryError, RegionId, copy_from_guest_unless_zero, is_zero, page_offset};
@@ -19,6 +20,12 @@ impl PageReader {
     pub(crate) fn new(memory: Arc<dyn GuestMemory>) -> Self {
         let layout = memory.layout().clone();
         Self { memory, layout }
+    }
+
+    /// The pages of the region that holds a page.
+    pub(crate) fn region_around(&self, page: PageNumber) -> Range<u64> {
+        let region = self.layout.locate(page).map(|(region, _)| self.layout.pages_of(region));
+        region.map_or(0..0, |pages| pages.first.0..pages.end())
     }
 
     /// Calls `visit` with a reader for every page of a run.

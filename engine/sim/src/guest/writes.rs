@@ -10,6 +10,9 @@ use crate::random::Random;
 /// Contents that the guest writes again and again.
 const KNOWN: u64 = 3;
 
+/// Most pages that it copies in a row.
+const RUN: u64 = 12;
+
 /// What the guest likes to write.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Mix {
@@ -47,6 +50,8 @@ enum Write {
     Replace,
     /// Three pages pass their contents on in a circle.
     Rotate,
+    /// The contents of a few pages in a row.
+    CopyRun,
 }
 
 impl Mix {
@@ -66,6 +71,7 @@ impl Mix {
                 (12, Write::Move),
                 (10, Write::Replace),
                 (7, Write::Rotate),
+                (10, Write::CopyRun),
             ],
             Self::Flips => &[
                 (20, Write::Zero),
@@ -91,6 +97,7 @@ impl Mix {
                 (4, Write::Move),
                 (4, Write::Replace),
                 (4, Write::Rotate),
+                (6, Write::CopyRun),
             ],
         }
     }
@@ -139,6 +146,7 @@ impl Guest {
             Write::Copy => drop(self.copy_from_elsewhere(place)),
             Write::Swap => self.pass_on(place, 2),
             Write::Rotate => self.pass_on(place, 3),
+            Write::CopyRun => self.copy_run(),
             Write::Move => {
                 if let Some(from) = self.copy_from_elsewhere(place) {
                     self.put(from, &[0; PAGE_SIZE]);
@@ -226,6 +234,20 @@ impl Guest {
         let content = self.content(from);
         self.put(place, &content);
         (from != place).then_some(from)
+    }
+
+    /// Copies pages in a row, of whichever regions.
+    fn copy_run(&mut self) {
+        let pages = self.page_count().max(1);
+        let from = self.random.below(pages);
+        let to = self.pattern.first + self.random.below(self.pattern.reach.clamp(1, pages));
+        for index in 0..self.random.within(2..=RUN) {
+            let (Some(from), Some(to)) = (self.place((from + index) % pages), self.place((to + index) % pages)) else {
+                return;
+            };
+            let content = self.content(from);
+            self.put(to, &content);
+        }
     }
 
     /// So many pages pass their contents on in a circle.
