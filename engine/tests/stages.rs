@@ -27,7 +27,7 @@ fn noise(seed: u64) -> Vec<u8> {
 fn content(page: u64) -> Vec<u8> {
     match page % 5 {
         0 => vec![0; 4096],
-        1 => vec![page as u8; 4096],
+        1 => vec![(page % 255) as u8 + 1; 4096],
         2 => format!("line {page} of the log of a guest; ").into_bytes().into_iter().cycle().take(4096).collect(),
         3 => noise(page * 77),
         _ => noise(9),
