@@ -117,8 +117,11 @@ impl Bench {
             let mut deltas = Vec::with_capacity(count * delta::MAX_DELTA);
             let encode = self.page_speed(outcome, &format!("delta encode, {name}"), count, || {
                 deltas.clear();
-                let encode = |(base, new)| delta::encode(base, new, &mut deltas);
-                let encoded = base.iter().zip(&new).filter_map(encode).count();
+                let mut encoded = 0;
+                for (index, new_page) in new.iter().enumerate() {
+                    [&base, &new].into_iter().filter_map(|pages| pages.get(index + 1)).for_each(delta::prefetch);
+                    encoded += usize::from(delta::encode(&base[index], new_page, &mut deltas).is_some());
+                }
                 expect(encoded == if share < 1.0 { count } else { 0 }, "pages that changed little have a delta")
             })?;
             outcome.figure(format!("delta encode, {name}: of plain reading"), "", encode / plain, None);
