@@ -6,10 +6,15 @@
 
 mod commands;
 mod guest;
+mod interrupt;
 mod machine;
+mod movers;
+mod network;
 mod outcome;
 mod peer;
 mod plain;
+mod process;
+mod scratch;
 #[allow(unsafe_code)]
 mod sys;
 
@@ -45,10 +50,14 @@ enum Command {
     Holes(commands::HolesOptions),
     /// Taking the dirty bits of a huge guest in which nothing is dirty
     Harvest(commands::HarvestOptions),
+    /// What a memory image is made of, and what compression and deduplication can make of it
+    Image(commands::ImageOptions),
     /// The engine's inner loops, one thread
     Kernels(commands::KernelsOptions),
     /// Downtime of an idle KVM guest, by its own heartbeats (runs `migrate demo`)
     Downtime(commands::DowntimeOptions),
+    /// Whole migrations over a shaped link, in turn with QEMU's (needs root, ip, tc, iperf3)
+    Link(Box<commands::LinkOptions>),
     /// The other process of a measurement; not for people
     #[command(hide = true)]
     Peer,
@@ -59,6 +68,8 @@ enum Command {
 enum BenchError {
     #[error("{what}: {source}")]
     Host { what: &'static str, source: std::io::Error },
+    #[error("cannot read {}: {source}", path.display())]
+    File { path: std::path::PathBuf, source: std::io::Error },
     #[error(transparent)]
     Transport(#[from] pageferry::transport::TransportError),
     #[error("the migration failed: {0}")]
@@ -73,8 +84,27 @@ enum BenchError {
     Peer(String),
     #[error("WRONG ANSWER: {0}")]
     Wrong(String),
+    #[error("{name} ended early ({status}): {errors}")]
+    Ended { name: &'static str, status: String, errors: String },
+    #[error("{0}")]
+    Tool(String),
+    #[error("this machine lacks {}", .0.join(", "))]
+    Lacking(Vec<String>),
+    #[error("interrupted; everything is taken down")]
+    Interrupted,
     #[error("skipped: {0}")]
     Skipped(String),
+}
+
+impl BenchError {
+    /// 1 for a failure, 3 when this machine cannot measure it, 130 after Ctrl-C as shells have it.
+    fn exit_code(&self) -> ExitCode {
+        match self {
+            Self::Lacking(_) => ExitCode::from(3),
+            Self::Interrupted => ExitCode::from(130),
+            _ => ExitCode::FAILURE,
+        }
+    }
 }
 
 /// Names what the host refused.
@@ -91,8 +121,10 @@ fn main() -> ExitCode {
         Command::Zero(options) => commands::zero(options),
         Command::Holes(options) => commands::holes(options),
         Command::Harvest(options) => commands::harvest(options),
+        Command::Image(options) => commands::image(options),
         Command::Kernels(options) => commands::kernels(options),
         Command::Downtime(options) => commands::downtime(options),
+        Command::Link(options) => commands::link(options),
     };
     match result.and_then(|outcome| publish(&cli, &outcome)) {
         Ok(()) => ExitCode::SUCCESS,
@@ -102,7 +134,7 @@ fn main() -> ExitCode {
         }
         Err(error) => {
             eprintln!("pageferry-bench: {error}");
-            ExitCode::FAILURE
+            error.exit_code()
         }
     }
 }

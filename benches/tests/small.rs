@@ -40,7 +40,19 @@ fn zeros_and_holes_are_not_sent() {
 }
 
 #[test]
+fn an_image_is_taken_apart() {
+    let path = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("image-{}", std::process::id()));
+    std::fs::write(&path, [[0; 4096], [1; 4096], [1; 4096], [2; 4096]].concat()).expect("an image");
+    let found = run(&format!("image {}", path.display()));
+    std::fs::remove_file(path).expect("the image is there");
+    let figure =
+        |name: &str| found["figures"].as_array()?.iter().find(|figure| figure["name"] == name)?["value"].as_f64();
+    assert_eq!(figure("zero pages"), Some(25.0), "{found}");
+    assert_eq!(figure("duplicates of an earlier page"), Some(25.0), "{found}");
+}
+
+#[test]
 fn harvests_and_kernels_give_right_answers() {
     assert_eq!(series(&run("harvest --size 1G --regions 3 --runs 1")).len(), 1);
-    assert_eq!(series(&run("kernels --size 4M --runs 1")).len(), 9);
+    assert_eq!(series(&run("kernels --size 4M --runs 1")).len(), 18);
 }

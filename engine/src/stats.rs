@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use crate::units::PAGE_SIZE;
+
 /// Something happened on the way.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -139,6 +141,50 @@ impl Stages {
     pub fn pages(&self) -> u64 {
         let references = self.zero_pages + self.unchanged_pages + self.copied_pages;
         references + self.pattern_pages + self.delta_pages + self.literal_pages
+    }
+
+    /// Bytes of guest memory that these pages are.
+    pub fn covered_bytes(&self) -> u64 {
+        self.pages() * PAGE_SIZE as u64
+    }
+
+    /// What each stage kept off the wire: `covered_bytes() == saved().total() + packed_bytes`.
+    pub fn saved(&self) -> Saved {
+        let whole = |pages: u64| pages * PAGE_SIZE as u64;
+        Saved {
+            zero: whole(self.zero_pages),
+            unchanged: whole(self.unchanged_pages),
+            pattern: self.pattern_pages * (PAGE_SIZE - size_of::<u64>()) as u64,
+            delta: whole(self.delta_pages).saturating_sub(self.delta_bytes),
+            copied: whole(self.copied_pages),
+            packing: self.payload_bytes.saturating_sub(self.packed_bytes),
+        }
+    }
+}
+
+/// Bytes of page content that each stage kept off the wire. What the stages' own records took instead is
+/// in [`Stages::head_bytes`].
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Saved {
+    /// By pages of zeros.
+    pub zero: u64,
+    /// By pages that had not changed since they were last sent.
+    pub unchanged: u64,
+    /// By pages of one repeated value.
+    pub pattern: u64,
+    /// By deltas.
+    pub delta: u64,
+    /// By references to equal pages.
+    pub copied: u64,
+    /// By packing what the stages before had left.
+    pub packing: u64,
+}
+
+impl Saved {
+    /// By all stages together.
+    pub fn total(&self) -> u64 {
+        self.zero + self.unchanged + self.pattern + self.delta + self.copied + self.packing
     }
 }
 

@@ -69,6 +69,9 @@ fn a_guest_that_keeps_writing_arrives_whole_over_any_number_of_lanes() {
         assert!(report.rounds.last().unwrap().stopped);
         assert_eq!(report.rounds.iter().map(|round| round.pages).sum::<u64>(), report.stages.pages());
         assert_eq!(report.pages_sent + report.pages_zero + report.stages.unchanged_pages, report.stages.pages());
+        let stages = report.stages;
+        assert_eq!(stages.covered_bytes(), stages.saved().total() + stages.packed_bytes);
+        assert!(report.wire_bytes > stages.packed_bytes + stages.head_bytes);
         assert!(report.downtime.total() <= report.total && report.downtime.total() > Duration::ZERO);
         assert_arrived(&guest, arrival);
     }

@@ -7,10 +7,12 @@ use std::sync::Arc;
 
 use clap::Args;
 use pageferry::batch::Batch;
+use pageferry::delta;
 use pageferry::digest::{DigestKey, HashTable, PageHasher};
 use pageferry::encode::{Choice, EncodedBatch, Encoder, Shared};
 use pageferry::limits::MAX_BATCH_PAGES;
 use pageferry::memory::{GuestMemory, MappedMemory, is_zero, is_zero_portable};
+use pageferry::pattern::repeated_word;
 use pageferry::place::Placer;
 use pageferry::units::{PageNumber, PageRun};
 use pageferry::wire::FrameBuffer;
@@ -40,6 +42,7 @@ pub(crate) fn kernels(options: &KernelsOptions) -> Result<Outcome, BenchError> {
     let mut outcome = Outcome::new("kernels", format!("one thread, guest memory of {} GiB", gib(bytes)));
     let bench = Bench { memory: guest::prefaulted(bytes)?, bytes, runs: options.runs };
     bench.private(&mut outcome)?;
+    bench.deltas(&mut outcome)?;
     bench.batches(&mut outcome, "zero pages")?;
     guest::fill_random(&bench.memory, 11)?;
     bench.copies(&mut outcome)?;
@@ -84,7 +87,83 @@ impl Bench {
         self.speed(outcome, "page hash, private buffer", |_| {
             let hashes = black_box(&random).chunks_exact(PAGE).map(|page| hasher.hash(page));
             expect(hashes.filter(|hash| *hash == first).count() == 1, "hashes repeat themselves")
-        })
+        })?;
+        let repeating = 0x0706_0504_0302_0100u64.to_le_bytes().repeat(BATCH / 8);
+        for (name, bytes, hits) in [("hit", &repeating, MAX_BATCH_PAGES), ("miss", &random, 0)] {
+            self.speed(outcome, &format!("repeated word, {name}, private buffer"), |_| {
+                let found = black_box(bytes).as_chunks().0.iter().filter_map(repeated_word).count();
+                expect(found == hits, "only pages that repeat one word are found")
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Kernels over private pages that come from memory, not from a cache.
+    fn deltas(&self, outcome: &mut Outcome) -> Result<(), BenchError> {
+        let mut base = vec![[1; PAGE]; self.bytes as usize / 2 / PAGE];
+        base.as_flattened_mut().fill(0);
+        let count = base.len();
+        self.page_speed(outcome, "zero test, private memory", count, || {
+            expect(base.iter().all(|page| is_zero(page)), "zeros are zeros")
+        })?;
+        Random::new(6).fill(base.as_flattened_mut());
+        let same = base.clone();
+        let plain = self.page_speed(outcome, "read base and page, no delta", count, || {
+            expect(base.iter().zip(&same).all(|(base, page)| base == page), "a copy is equal")
+        })?;
+        drop(same);
+        for (name, share) in [("few words", 0.01), ("20 % of words", 0.2), ("whole pages", 1.0)] {
+            let new = changed_words(&base, share);
+            let mut deltas = Vec::with_capacity(count * delta::MAX_DELTA);
+            let encode = self.page_speed(outcome, &format!("delta encode, {name}"), count, || {
+                deltas.clear();
+                let encode = |(base, new)| delta::encode(base, new, &mut deltas);
+                let encoded = base.iter().zip(&new).filter_map(encode).count();
+                expect(encoded == if share < 1.0 { count } else { 0 }, "pages that changed little have a delta")
+            })?;
+            outcome.figure(format!("delta encode, {name}: of plain reading"), "", encode / plain, None);
+            if !deltas.is_empty() {
+                self.apply(outcome, &format!("delta apply, {name}"), [&base, &new], &deltas)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Applies the deltas between two versions of pages, again and again.
+    fn apply(
+        &self,
+        outcome: &mut Outcome,
+        name: &str,
+        versions: [&[[u8; PAGE]]; 2],
+        deltas: &[u8],
+    ) -> Result<(), BenchError> {
+        let mut pages = versions[0].to_vec();
+        self.page_speed(outcome, name, pages.len(), || {
+            pages.iter_mut().try_fold(deltas, |rest, page| {
+                let len = delta::apply(page, rest).map_err(|error| BenchError::Wrong(error.to_string()))?;
+                Ok::<_, BenchError>(&rest[len..])
+            })?;
+            Ok(())
+        })?;
+        // Applied twice, a delta leaves the page as it was.
+        expect(pages == versions[self.runs as usize % 2], "deltas lead from one version to the other")
+    }
+
+    /// Runs `work`, which goes once over `pages` pages, again and again.
+    fn page_speed(
+        &self,
+        outcome: &mut Outcome,
+        name: &str,
+        pages: usize,
+        mut work: impl FnMut() -> Result<(), BenchError>,
+    ) -> Result<f64, BenchError> {
+        let mut speeds = Vec::new();
+        for _ in 0..self.runs {
+            let started = sys::thread_seconds();
+            work()?;
+            speeds.push(gigabytes_per_second((pages * PAGE) as u64, sys::thread_seconds() - started));
+        }
+        Ok(outcome.series(name, "GB/s", speeds))
     }
 
     /// Copies between guest memory and a private batch, page by page.
@@ -136,6 +215,18 @@ impl Bench {
         outcome.series(format!("place {what}"), "GB/s", speeds);
         expect(guest::fingerprint(&target)? == guest::fingerprint(&self.memory)?, "placed memory is equal")
     }
+}
+
+/// The same pages with about this share of their words changed.
+fn changed_words(pages: &[[u8; PAGE]], share: f64) -> Vec<[u8; PAGE]> {
+    let mut random = Random::new(8);
+    let mut changed = pages.to_vec();
+    for word in changed.as_flattened_mut().as_chunks_mut::<8>().0 {
+        if random.share() < share {
+            word[3] ^= 0x10;
+        }
+    }
+    changed
 }
 
 /// Puts a frame where a lane would.

@@ -5,8 +5,9 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m256i, _mm256_and_si256, _mm256_castsi256_pd, _mm256_cmpeq_epi64, _mm256_loadu_si256, _mm256_movemask_pd,
-    _mm256_permutevar8x32_epi32, _mm256_set1_epi64x, _mm256_setr_epi64x, _mm256_storeu_si256, _mm256_xor_si256,
+    __m256i, _mm_cmpeq_epi8, _mm_cvtsi64_si128, _mm_movemask_epi8, _mm_set1_epi8, _mm256_and_si256,
+    _mm256_castsi256_pd, _mm256_cmpeq_epi64, _mm256_loadu_si256, _mm256_movemask_pd, _mm256_permutevar8x32_epi32,
+    _mm256_set1_epi64x, _mm256_setr_epi64x, _mm256_storeu_si256, _mm256_xor_si256,
 };
 
 use super::portable::unpack_words;
@@ -59,9 +60,9 @@ impl Kernel for Avx2 {
         unsafe { compare(base, new) }
     }
 
-    fn pack(self, changes: &Changes, base: &Page, new: &Page, into: &mut [u8]) {
+    fn pack(self, changes: &Changes, base: &Page, new: &Page, masks: &mut [u8], words: &mut [u8]) {
         // SAFETY: as in `compare`.
-        unsafe { pack(changes, base, new, into) }
+        unsafe { pack(changes, base, new, masks, words) }
     }
 
     fn unpack(self, delta: &Parsed<'_>, page: &mut Page) {
@@ -74,36 +75,41 @@ impl Kernel for Avx2 {
 fn compare(base: &Page, new: &Page) -> Option<Changes> {
     let (base, new) = (blocks(base), blocks(new));
     let mut masks = [0; LINES];
-    let mut words = 0;
-    for (masks, (base, new)) in masks.as_chunks_mut::<BLOCK>().0.iter_mut().zip(base.iter().zip(new)) {
-        let mut block = 0;
+    let (mut lines, mut words) = (0, 0);
+    for (index, masks) in masks.as_chunks_mut::<BLOCK>().0.iter_mut().enumerate() {
+        let mut equal = 0;
         for half in 0..2 * BLOCK {
-            let equal = _mm256_cmpeq_epi64(load(&base[half]), load(&new[half]));
-            block |= (_mm256_movemask_pd(_mm256_castsi256_pd(equal)) as u64) << (4 * half);
+            let words = _mm256_cmpeq_epi64(load(&base[index][half]), load(&new[index][half]));
+            equal |= (_mm256_movemask_pd(_mm256_castsi256_pd(words)) as u64) << (4 * half);
         }
-        *masks = (!block).to_le_bytes();
-        words += block.count_zeros() as usize;
-        if !fits(words.div_ceil(BLOCK), words) {
+        *masks = (!equal).to_le_bytes();
+        let unchanged = _mm_cmpeq_epi8(_mm_cvtsi64_si128(equal as i64), _mm_set1_epi8(-1));
+        lines |= u64::from(!_mm_movemask_epi8(unchanged) as u8) << (BLOCK * index);
+        words += equal.count_zeros() as usize;
+        if !fits(lines.count_ones() as usize, words) {
             return None;
         }
     }
-    Some(Changes::new(masks, words))
+    Some(Changes { lines, masks, words })
 }
 
 #[target_feature(enable = "avx2,popcnt")]
-fn pack(changes: &Changes, base: &Page, new: &Page, into: &mut [u8]) {
-    let (base, new) = (vectors(base), vectors(new));
+fn pack(changes: &Changes, base: &Page, new: &Page, masks: &mut [u8], words: &mut [u8]) {
+    let (base, new) = (halves(base), halves(new));
     let mut at = 0;
-    for line in super::set_bits(changes.lines) {
+    for (line, into) in super::set_bits(changes.lines).zip(masks) {
         let mask = changes.masks[line];
-        for (half, mask) in [(2 * line, mask & 15), (2 * line + 1, mask >> 4)] {
-            let change = _mm256_xor_si256(load(&base[half]), load(&new[half]));
-            let packed = _mm256_permutevar8x32_epi32(change, load(&GATHER[usize::from(mask)]));
+        *into = mask;
+        let Some(into) = words[at..].first_chunk_mut::<{ 2 * VECTOR }>() else { return };
+        let [low, high] = [usize::from(mask & 15), usize::from(mask >> 4)];
+        for (half, mask, at) in [(0, low, 0), (1, high, low.count_ones() as usize * WORD)] {
+            let change = _mm256_xor_si256(load(&base[line][half]), load(&new[line][half]));
+            let gathered = _mm256_permutevar8x32_epi32(change, load(&GATHER[mask]));
             if let Some(into) = into[at..].first_chunk_mut() {
-                store(into, packed);
+                store(into, gathered);
             }
-            at += mask.count_ones() as usize * WORD;
         }
+        at += mask.count_ones() as usize * WORD;
     }
 }
 
@@ -130,12 +136,13 @@ fn unpack(delta: &Parsed<'_>, page: &mut Page) {
     }
 }
 
-fn vectors(page: &Page) -> &[[u8; VECTOR]] {
-    page.as_chunks().0
+/// The two halves of every line.
+fn halves(page: &Page) -> &[[[u8; VECTOR]; 2]] {
+    page.as_chunks().0.as_chunks().0
 }
 
 fn blocks(page: &Page) -> &[[[u8; VECTOR]; 2 * BLOCK]] {
-    vectors(page).as_chunks().0
+    page.as_chunks().0.as_chunks().0
 }
 
 #[target_feature(enable = "avx2")]

@@ -34,7 +34,7 @@ const WORD: usize = 8;
 const HEAD: usize = 8;
 
 /// Bytes past the last word that [`Kernel::pack`] may overwrite.
-const PACK_MARGIN: usize = 32;
+const PACK_MARGIN: usize = 64;
 
 type Page = [u8; PAGE_SIZE];
 
@@ -90,8 +90,9 @@ trait Kernel: Copy {
     /// Compares two pages; `None` as soon as their delta is known to be over the limit.
     fn compare(self, base: &Page, new: &Page) -> Option<Changes>;
 
-    /// Writes the XOR of every changed word to `into`, which is [`PACK_MARGIN`] longer than they are.
-    fn pack(self, changes: &Changes, base: &Page, new: &Page, into: &mut [u8]);
+    /// Writes the masks of the changed lines, and the XOR of every changed word: `words` is
+    /// [`PACK_MARGIN`] longer than they are.
+    fn pack(self, changes: &Changes, base: &Page, new: &Page, masks: &mut [u8], words: &mut [u8]);
 
     /// Applies a delta's words to the page.
     fn unpack(self, delta: &Parsed<'_>, page: &mut Page);
@@ -105,14 +106,7 @@ struct Changes {
     words: usize,
 }
 
-impl Changes {
-    fn new(masks: [u8; LINES], words: usize) -> Self {
-        let lines = masks.iter().enumerate().fold(0, |lines, (line, &mask)| lines | u64::from(mask != 0) << line);
-        Self { lines, masks, words }
-    }
-}
-
-/// Words in a delta's longest form; every line that changed costs one byte of mask.
+/// Whether a delta of so many lines and words is within the limit.
 fn fits(line_count: usize, word_count: usize) -> bool {
     HEAD + line_count + word_count * WORD <= MAX_DELTA
 }
@@ -126,9 +120,9 @@ fn encode_with(kernel: impl Kernel, base: &Page, new: &Page, out: &mut Vec<u8>) 
     let start = out.len();
     let len = HEAD + line_count + changes.words * WORD;
     out.extend_from_slice(&changes.lines.to_le_bytes());
-    out.extend(set_bits(changes.lines).map(|line| changes.masks[line]));
     out.resize(start + len + PACK_MARGIN, 0);
-    kernel.pack(&changes, base, new, &mut out[start + HEAD + line_count..]);
+    let (masks, words) = out[start + HEAD..].split_at_mut(line_count);
+    kernel.pack(&changes, base, new, masks, words);
     out.truncate(start + len);
     Some(len)
 }

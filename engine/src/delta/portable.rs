@@ -9,30 +9,30 @@ pub(super) struct Portable;
 
 impl Kernel for Portable {
     fn compare(self, base: &Page, new: &Page) -> Option<Changes> {
-        let mut masks = [0; LINES];
-        let (mut lines, mut words) = (0, 0);
-        for (mask, (base, new)) in masks.iter_mut().zip(lines_of(base).zip(lines_of(new))) {
-            for word in 0..8 {
-                *mask |= u8::from(base[word] != new[word]) << word;
-            }
-            lines += usize::from(*mask != 0);
-            words += mask.count_ones() as usize;
-            if !fits(lines, words) {
+        let mut changes = Changes { lines: 0, masks: [0; LINES], words: 0 };
+        for (line, (base, new)) in lines_of(base).zip(lines_of(new)).enumerate() {
+            let mask = (0..8).fold(0, |mask, word| mask | u8::from(base[word] != new[word]) << word);
+            changes.masks[line] = mask;
+            changes.lines |= u64::from(mask != 0) << line;
+            changes.words += mask.count_ones() as usize;
+            if !fits(changes.lines.count_ones() as usize, changes.words) {
                 return None;
             }
         }
-        Some(Changes::new(masks, words))
+        Some(changes)
     }
 
     /// Every word of a line is written, and the next one over it when it did not change: which words
     /// changed is not to be predicted, so no branch may depend on it.
-    fn pack(self, changes: &Changes, base: &Page, new: &Page, into: &mut [u8]) {
-        let into = into.as_chunks_mut::<WORD>().0;
+    fn pack(self, changes: &Changes, base: &Page, new: &Page, masks: &mut [u8], words: &mut [u8]) {
+        let (base, new) = (base.as_chunks::<WORD>().0, new.as_chunks::<WORD>().0);
+        let words = words.as_chunks_mut::<WORD>().0;
         let mut at = 0;
-        for ((base, new), mask) in lines_of(base).zip(lines_of(new)).zip(changes.masks) {
+        for (line, into) in super::set_bits(changes.lines).zip(masks) {
+            *into = changes.masks[line];
             for word in 0..8 {
-                into[at] = xor(base[word], new[word]);
-                at += usize::from(mask >> word & 1);
+                words[at] = xor(base[line * 8 + word], new[line * 8 + word]);
+                at += usize::from(*into >> word & 1);
             }
         }
     }

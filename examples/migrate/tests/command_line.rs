@@ -26,6 +26,8 @@ fn a_bad_argument_ends_with_code_2_and_says_what_would_be_right() {
         ("demo --image x --mix zero=100", "cannot be used with"),
         ("send --to [::1]:1 --on-key --on-signal", "cannot be used with"),
         ("receive", "--listen"),
+        ("export memory", "<FILE>"),
+        ("export dreams /dev/null", "program, memory"),
         ("fly", "subcommand"),
     ] {
         let (code, _, stderr) = plain(arguments);
@@ -36,12 +38,13 @@ fn a_bad_argument_ends_with_code_2_and_says_what_would_be_right() {
 
 #[test]
 fn help_explains_options_and_exit_codes_with_examples() {
-    for command in ["demo", "receive", "send"] {
+    for command in ["demo", "receive", "send", "export"] {
         let (code, help, _) = plain(&format!("{command} --help"));
         assert_eq!(code, 0);
-        for told in ["Examples:", "Exit codes:", "--json", &format!("migrate {command} ")] {
+        for told in ["Examples:", "Exit codes:", &format!("migrate {command} ")] {
             assert!(help.contains(told), "{command}: no {told:?} in {help}");
         }
+        assert_eq!(help.contains("--json"), command != "export", "{help}");
     }
 }
 

@@ -1,4 +1,4 @@
-//! The command line: `migrate demo`, `migrate receive`, `migrate send`.
+//! The command line: `migrate demo`, `migrate receive`, `migrate send`, `migrate export`.
 
 mod exit;
 mod guest;
@@ -9,9 +9,10 @@ pub(crate) use exit::ExitStatus;
 pub(crate) use guest::{Backing, GuestKind, GuestOptions};
 pub(crate) use limits::{Lane, Limits};
 
+use std::path::PathBuf;
 use std::time::Duration;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use units::{duration, size};
 
@@ -36,6 +37,9 @@ pub(crate) enum Command {
     /// Starts a guest and moves it to where `migrate receive` listens.
     #[command(after_help = SEND_EXAMPLES, after_long_help = examples_and_exit(SEND_EXAMPLES))]
     Send(Box<SendOptions>),
+    /// Writes the built-in guest's program or its memory to a file, for another machine to run or to move.
+    #[command(after_help = EXPORT_EXAMPLES, after_long_help = examples_and_exit(EXPORT_EXAMPLES))]
+    Export(Box<ExportOptions>),
 }
 
 const DEMO_EXAMPLES: &str = "\
@@ -57,6 +61,14 @@ Examples:
   migrate send --to 192.0.2.7:7000 --on-key --bind 192.0.2.6 --lanes 4
   migrate send --to [::1]:7000 --on-signal --linger 5s --json
   migrate send --to 192.0.2.7:7000 --kernel vmlinux --initrd initramfs.cpio --memory 256M";
+
+const EXPORT_EXAMPLES: &str = "\
+Examples:
+  migrate export memory guest.ram --memory 1G --seed 1      what a guest of 1 GiB holds once it is filled
+  migrate export program guest.elf --rate 20M/s --seed 1    prints the command line that makes it work so
+
+The program is an ELF file with a PVH entry, for -kernel and -append of QEMU. Where its processor does not tell its clock
+frequency, add tsc_khz=KHZ to the command line.";
 
 fn examples_and_exit(examples: &str) -> String {
     format!("{examples}\n\n{}", exit::HELP)
@@ -146,6 +158,28 @@ pub(crate) struct SendOptions {
     pub(crate) linger: Linger,
     #[command(flatten)]
     pub(crate) output: Output,
+}
+
+/// `migrate export`.
+#[derive(Args, Debug)]
+pub(crate) struct ExportOptions {
+    /// What to write
+    #[arg(value_enum)]
+    pub(crate) what: ExportWhat,
+    /// Where to
+    #[arg(value_name = "FILE")]
+    pub(crate) file: PathBuf,
+    #[command(flatten)]
+    pub(crate) guest: GuestOptions,
+}
+
+/// Part of the built-in guest.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum ExportWhat {
+    /// The program that it runs
+    Program,
+    /// What its memory holds once it is filled
+    Memory,
 }
 
 /// When to migrate.

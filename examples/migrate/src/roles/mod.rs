@@ -1,8 +1,9 @@
-//! The three things the program does, and what they share.
+//! The things the program does, and what they share.
 
 mod afterwards;
 mod console;
 mod demo;
+mod export;
 mod guests;
 mod operator;
 mod parent;
@@ -22,6 +23,7 @@ pub(crate) fn run(command: &Command) -> ExitStatus {
         Command::Demo(options) => demo::demo(options),
         Command::Receive(options) => receive::receive(options),
         Command::Send(options) => send::send(options),
+        Command::Export(options) => export::export(options),
     }
 }
 

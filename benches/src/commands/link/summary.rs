@@ -1,0 +1,197 @@
+//! What many runs say together: series of every value, and quotients of medians.
+
+use std::fmt;
+
+use crate::movers::{Memory, Moved};
+use crate::network::Rate;
+use crate::outcome::{Outcome, median};
+
+/// What was measured: over which link, which guest, moved by whom.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) struct Key {
+    pub(super) rate: String,
+    pub(super) guest: String,
+    pub(super) mover: String,
+}
+
+impl Key {
+    pub(super) fn new(rate: Rate, guest: &Memory, mover: &str) -> Self {
+        Self { rate: rate.to_string(), guest: guest.to_string(), mover: mover.to_owned() }
+    }
+
+    fn same_case(&self, other: &Self) -> bool {
+        (&self.rate, &self.guest) == (&other.rate, &other.guest)
+    }
+}
+
+impl fmt::Display for Key {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} {} {}", self.rate, self.guest, self.mover)
+    }
+}
+
+/// Everything measured, in the order in which it first came.
+#[derive(Debug, Default)]
+pub(super) struct Runs {
+    goodputs: Vec<(String, Vec<f64>)>,
+    moves: Vec<(Key, Vec<Moved>)>,
+}
+
+impl Runs {
+    pub(super) fn add_goodput(&mut self, rate: Rate, bytes_per_second: f64) {
+        push(&mut self.goodputs, rate.to_string(), bytes_per_second);
+    }
+
+    pub(super) fn add(&mut self, key: Key, moved: Moved) {
+        push(&mut self.moves, key, moved);
+    }
+
+    /// Median of one number of all runs of a key; NaN if there was none.
+    pub(super) fn median(&self, key: &Key, part: impl Fn(&Moved) -> f64) -> f64 {
+        let found = self.moves.iter().find(|(found, _)| found == key);
+        median(&found.map_or_else(Vec::new, |(_, moves)| moves.iter().map(part).collect()))
+    }
+
+    fn goodput(&self, rate: &str) -> f64 {
+        self.goodputs.iter().find(|(found, _)| found == rate).map_or(f64::NAN, |(_, values)| median(values))
+    }
+
+    /// Median time, divided by what the bytes that were sent take at iperf3's speed.
+    pub(super) fn over_wire_time(&self, key: &Key) -> f64 {
+        self.median(key, seconds) / (self.median(key, wire_bytes) / self.goodput(&key.rate))
+    }
+
+    /// Adds all series and all quotients; `baseline` names the mover that others are divided by.
+    pub(super) fn summarise(&self, outcome: &mut Outcome, baseline: Option<&str>) {
+        for (rate, values) in &self.goodputs {
+            let megabits = values.iter().map(|bytes| bytes * 8.0 / 1e6).collect();
+            outcome.series(format!("{rate}: iperf3"), "Mbit/s", megabits);
+        }
+        for (key, moves) in &self.moves {
+            add_series(outcome, key, moves);
+        }
+        for (key, _) in &self.moves {
+            outcome.figure(format!("{key}: time over wire time"), "", self.over_wire_time(key), None);
+            if let Some(base) = self.baseline_of(key, baseline) {
+                let of = |part: fn(&Moved) -> f64| self.median(key, part) / self.median(base, part);
+                outcome.figure(format!("{key}: time, of {}", base.mover), "", of(seconds), None);
+                outcome.figure(format!("{key}: wire, of {}", base.mover), "", of(wire_bytes), None);
+                outcome.figure(format!("{key}: CPU, of {}", base.mover), "", of(cpu_seconds), None);
+            }
+        }
+    }
+
+    /// What a key is compared with; nothing, when it is the baseline itself.
+    fn baseline_of(&self, key: &Key, name: Option<&str>) -> Option<&Key> {
+        let mut same = self.moves.iter().map(|(found, _)| found).filter(|found| found.same_case(key));
+        let base = match name {
+            Some(name) => same.find(|found| found.mover == name),
+            None => same.next(),
+        };
+        base.filter(|base| *base != key)
+    }
+}
+
+fn push<K: PartialEq, V>(list: &mut Vec<(K, Vec<V>)>, key: K, value: V) {
+    match list.iter_mut().find(|(found, _)| *found == key) {
+        Some((_, values)) => values.push(value),
+        None => list.push((key, vec![value])),
+    }
+}
+
+pub(super) fn seconds(moved: &Moved) -> f64 {
+    moved.seconds
+}
+
+pub(super) fn wire_bytes(moved: &Moved) -> f64 {
+    moved.wire_bytes as f64
+}
+
+fn cpu_seconds(moved: &Moved) -> f64 {
+    moved.source.cpu_seconds + moved.destination.cpu_seconds
+}
+
+fn add_series(outcome: &mut Outcome, key: &Key, moves: &[Moved]) {
+    const MIB: f64 = (1 << 20) as f64;
+    let mut add = |name: &str, unit: &'static str, part: &dyn Fn(&Moved) -> f64| {
+        outcome.series(format!("{key}: {name}"), unit, moves.iter().map(part).collect());
+    };
+    add("time", "s", &seconds);
+    add("wire", "MiB", &|moved| wire_bytes(moved) / MIB);
+    add("CPU, source", "s", &|moved| moved.source.cpu_seconds);
+    add("CPU, destination", "s", &|moved| moved.destination.cpu_seconds);
+    add("peak memory, source", "MiB", &|moved| moved.source.peak_rss_bytes as f64 / MIB);
+    add("rounds", "", &|moved| moved.rounds as f64);
+    add("strongest throttle", "%", &|moved| moved.throttle_percent);
+    let downtimes: Vec<f64> = moves.iter().filter_map(|moved| moved.downtime_ms).collect();
+    if !downtimes.is_empty() {
+        outcome.series(format!("{key}: downtime by its own account"), "ms", downtimes);
+    }
+    let lost = moves.iter().filter(|moved| !moved.converged).count();
+    if lost > 0 {
+        outcome.note(format!("{key}: {lost} of {} did not converge and were given up at that time", moves.len()));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::process::Usage;
+
+    fn key(guest: &str, mover: &str) -> Key {
+        Key { rate: "1gbit".to_owned(), guest: guest.to_owned(), mover: mover.to_owned() }
+    }
+
+    fn moved(seconds: f64, wire_bytes: u64, converged: bool) -> Moved {
+        let usage = Usage { cpu_seconds: seconds / 2.0, peak_rss_bytes: 1 << 20 };
+        let (source, destination) = (usage, usage);
+        let downtime_ms = converged.then_some(5.0);
+        Moved { seconds, downtime_ms, wire_bytes, source, destination, rounds: 2, throttle_percent: 0.0, converged }
+    }
+
+    fn runs() -> Runs {
+        let mut runs = Runs::default();
+        runs.add_goodput(Rate::BitsPerSecond(1_000_000_000), 100.0);
+        for (mover, seconds, bytes) in [("slow", 8.0, 600), ("fast", 2.0, 100), ("fast", 4.0, 300), ("fast", 3.0, 200)]
+        {
+            runs.add(key("mix", mover), moved(seconds, bytes, true));
+        }
+        runs
+    }
+
+    fn figure(outcome: &Outcome, name: &str) -> f64 {
+        let found: serde_json::Value = serde_json::from_str(&outcome.json()).unwrap();
+        let figures = found["figures"].as_array().unwrap();
+        let figure = figures.iter().find(|figure| figure["name"] == name);
+        figure.unwrap_or_else(|| panic!("no {name} in {figures:?}"))["value"].as_f64().unwrap()
+    }
+
+    #[test]
+    fn quotients_are_of_medians_and_the_first_is_the_baseline() {
+        let mut outcome = Outcome::new("test", String::new());
+        runs().summarise(&mut outcome, None);
+        assert!((figure(&outcome, "1gbit mix fast: time, of slow") - 3.0 / 8.0).abs() < 1e-9);
+        assert!((figure(&outcome, "1gbit mix fast: wire, of slow") - 200.0 / 600.0).abs() < 1e-9);
+        assert!((figure(&outcome, "1gbit mix fast: time over wire time") - 3.0 / (200.0 / 100.0)).abs() < 1e-9);
+        assert!(!outcome.json().contains("of fast"));
+    }
+
+    #[test]
+    fn a_baseline_can_be_named() {
+        let mut outcome = Outcome::new("test", String::new());
+        runs().summarise(&mut outcome, Some("fast"));
+        assert!((figure(&outcome, "1gbit mix slow: CPU, of fast") - 8.0 / 3.0).abs() < 1e-9);
+        assert!(!outcome.json().contains("of slow"));
+    }
+
+    #[test]
+    fn guests_are_not_compared_with_each_other_and_what_was_given_up_is_said() {
+        let mut runs = runs();
+        runs.add(key("few20", "fast"), moved(240.0, 9, false));
+        let mut outcome = Outcome::new("test", String::new());
+        runs.summarise(&mut outcome, None);
+        let shown = outcome.to_string();
+        assert!(shown.contains("1gbit few20 fast: 1 of 1 did not converge"), "{shown}");
+        assert!(!shown.contains("few20 fast: time, of") && !shown.contains("few20 fast: downtime"), "{shown}");
+    }
+}

@@ -1,0 +1,203 @@
+//! `migrate send` on one host, `migrate receive` on the other.
+
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
+use std::time::{Duration, Instant};
+
+use serde_json::Value;
+
+use super::{Moved, Mover, Subject, Task};
+use crate::network::Side;
+use crate::process::{Program, Usage};
+use crate::{BenchError, guest};
+
+const PORT: u16 = 7000;
+
+/// Filling memory, listening, ending: each is a matter of seconds.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Names of threads that are the guest's virtual CPUs.
+const VCPUS: &str = "vcpu-";
+
+/// Settings to compare: a name, and what they add to `migrate send` and `migrate receive`.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(crate) struct Setting {
+    name: String,
+    send: Vec<String>,
+    receive: Vec<String>,
+}
+
+impl FromStr for Setting {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (name, arguments) = text.split_once('=').unwrap_or((text, ""));
+        if name.is_empty() || name.contains(char::is_whitespace) {
+            return Err(format!("{text:?} is not NAME=ARGUMENTS"));
+        }
+        let mut words = arguments.split_whitespace().map(str::to_owned);
+        let send = words.by_ref().take_while(|word| word != "--").collect();
+        Ok(Self { name: name.to_owned(), send, receive: words.collect() })
+    }
+}
+
+/// `migrate` with its settings.
+#[derive(Debug)]
+pub(crate) struct Ours {
+    program: PathBuf,
+    setting: Setting,
+}
+
+/// The program at this path, or the one beside this program.
+pub(crate) fn migrate_program(path: Option<&Path>) -> PathBuf {
+    let beside = || std::env::current_exe().map_or_else(|_| "migrate".into(), |own| own.with_file_name("migrate"));
+    path.map_or_else(beside, Path::to_owned)
+}
+
+pub(super) fn missing_program(program: &Path) -> Vec<String> {
+    let missing = || format!("`migrate` at {} (cargo build --release -p migrate)", program.display());
+    (!program.is_file()).then(missing).into_iter().collect()
+}
+
+impl Ours {
+    pub(crate) fn new(program: PathBuf, setting: Setting) -> Self {
+        Self { program, setting }
+    }
+
+    fn sender(&self, task: Task<'_>) -> Result<Program, BenchError> {
+        let mut send = task.network.command(Side::Source, &self.program);
+        send.args(["send", "--json", "--on-signal", "--linger", "0s"]);
+        send.args(["--to", &format!("{}:{PORT}", Side::Destination.address())]);
+        send.args(task.subject.arguments()).args(&self.setting.send);
+        let mut sender = Program::start("migrate send", send)?;
+        sender.wait_for_line(PATIENCE, |line| line.contains("kill -USR1"))?;
+        Ok(sender)
+    }
+
+    fn receiver(&self, task: Task<'_>) -> Result<Program, BenchError> {
+        let mut receive = task.network.command(Side::Destination, &self.program);
+        receive.args(["receive", "--json", "--linger", "0s"]);
+        receive.args(["--listen", &format!("{}:{PORT}", Side::Destination.address())]).args(&self.setting.receive);
+        let mut receiver = Program::start("migrate receive", receive)?;
+        receiver.wait_for_line(PATIENCE, |line| event(line).is_some_and(|event| event["event"] == "listening"))?;
+        Ok(receiver)
+    }
+}
+
+impl Mover for Ours {
+    fn name(&self) -> &str {
+        &self.setting.name
+    }
+
+    fn missing(&self, _subjects: &[Subject]) -> Vec<String> {
+        missing_program(&self.program)
+    }
+
+    fn run(&self, task: Task<'_>) -> Result<Moved, BenchError> {
+        // Memory that the destination will get is touched and given back just before: where the host of this
+        // host takes back what is not used, a page's first touch is otherwise ten times as slow, sometimes.
+        let warmth = guest::prefaulted(task.subject.bytes)?;
+        let mut sender = self.sender(task)?;
+        drop(warmth);
+        let mut receiver = self.receiver(task)?;
+        let sent_before = task.network.sent_bytes(Side::Source)?;
+        sender.signal(libc::SIGUSR1)?;
+        let report = watch(&mut sender, task.limit)?;
+        let wire_bytes = task.network.sent_bytes(Side::Source)? - sent_before;
+        let converged = converged(&report)?;
+        let arrived = if converged { receive_report(&mut receiver)? } else { Value::Null };
+        Ok(Moved {
+            seconds: number(&report, "/total_ms")? / 1e3,
+            downtime_ms: number(&report, "/downtime_ms").ok(),
+            wire_bytes,
+            source: usage(&report, "source"),
+            destination: if converged { usage(&arrived, "destination") } else { receiver.usage(VCPUS) },
+            rounds: report["rounds"].as_array().map_or(0, |rounds| rounds.len() as u64),
+            throttle_percent: number(&report, "/throttle_peak_percent")?,
+            converged,
+        })
+    }
+}
+
+/// Waits for the source's report; when time is up, has it cancel.
+fn watch(sender: &mut Program, limit: Duration) -> Result<Value, BenchError> {
+    let deadline = Instant::now() + limit;
+    while let Some(line) = sender.line(deadline.saturating_duration_since(Instant::now()))? {
+        if let Some(report) = event(&line).filter(is_report) {
+            return Ok(report);
+        }
+    }
+    sender.signal(libc::SIGINT)?;
+    report_of(sender)
+}
+
+fn report_of(program: &mut Program) -> Result<Value, BenchError> {
+    let line = program.wait_for_line(PATIENCE, |line| event(line).is_some_and(|event| is_report(&event)))?;
+    Ok(event(&line).unwrap_or_default())
+}
+
+/// Whether the guest was moved; an error if it neither was nor ran out of time.
+fn converged(report: &Value) -> Result<bool, BenchError> {
+    match report["outcome"].as_str() {
+        Some("completed") if report["digest_match"] == true => Ok(true),
+        Some("cancelled") => Ok(false),
+        _ => Err(BenchError::Wrong(format!("migrate send reports {report}"))),
+    }
+}
+
+/// The destination's report, with the guest's own check of its memory.
+fn receive_report(receiver: &mut Program) -> Result<Value, BenchError> {
+    let report = report_of(receiver)?;
+    let wrong = report["guest_self_check"].as_str().is_some_and(|said| said != "ok");
+    if wrong || report["outcome"] != "completed" {
+        return Err(BenchError::Wrong(format!("migrate receive reports {report}")));
+    }
+    Ok(report)
+}
+
+fn usage(report: &Value, side: &str) -> Usage {
+    Usage {
+        cpu_seconds: report["cpu_seconds"][side].as_f64().unwrap_or(f64::NAN),
+        peak_rss_bytes: report["peak_rss_bytes"][side].as_u64().unwrap_or(0),
+    }
+}
+
+fn number(report: &Value, path: &str) -> Result<f64, BenchError> {
+    let found = report.pointer(path).and_then(Value::as_f64);
+    found.ok_or_else(|| BenchError::Wrong(format!("the report of migrate has no number at {path}")))
+}
+
+fn event(line: &str) -> Option<Value> {
+    serde_json::from_str(line).ok()
+}
+
+fn is_report(event: &Value) -> bool {
+    event["event"] == "report"
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn settings_have_a_name_and_arguments_for_each_side() {
+        let words = |list: &[&str]| list.iter().map(|word| (*word).to_owned()).collect::<Vec<_>>();
+        let setting: Setting = "off=--compress off --lanes 2 -- --peer-timeout 3s".parse().unwrap();
+        assert_eq!(setting.name, "off");
+        assert_eq!(setting.send, words(&["--compress", "off", "--lanes", "2"]));
+        assert_eq!(setting.receive, words(&["--peer-timeout", "3s"]));
+        let bare: Setting = "ours".parse().unwrap();
+        assert_eq!((bare.name.as_str(), bare.send.len()), ("ours", 0));
+        assert!("=--lanes 2".parse::<Setting>().is_err() && "--lanes 2".parse::<Setting>().is_err());
+    }
+
+    #[test]
+    fn a_cancelled_migration_did_not_converge_and_a_failed_one_is_an_error() {
+        assert!(converged(&json!({"outcome": "completed", "digest_match": true})).unwrap());
+        assert!(!converged(&json!({"outcome": "cancelled"})).unwrap());
+        assert!(converged(&json!({"outcome": "completed", "digest_match": null})).is_err());
+        assert!(converged(&json!({"outcome": "failed", "error": "no route"})).is_err());
+    }
+}

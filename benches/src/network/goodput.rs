@@ -1,0 +1,50 @@
+//! What one TCP connection carries over the wire, by iperf3.
+
+use std::path::Path;
+use std::time::Duration;
+
+use serde_json::Value;
+
+use super::{Network, Side};
+use crate::BenchError;
+use crate::process::Program;
+
+const PORT: &str = "5201";
+
+/// The start of a connection is not what a migration sees; left out, in seconds.
+const START: u32 = 1;
+
+/// Beyond the test itself, iperf3 may take this long.
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// Bytes of payload per second that arrived.
+pub(super) fn measure(network: &Network, seconds: u32) -> Result<f64, BenchError> {
+    let mut server = network.command(Side::Destination, Path::new("iperf3"));
+    server.args(["-s", "-1", "-B", Side::Destination.address(), "-p", PORT, "--forceflush"]);
+    let mut server = Program::start("iperf3", server)?;
+    server.wait_for_line(PATIENCE, |line| line.contains("listening"))?;
+    let mut client = network.command(Side::Source, Path::new("iperf3"));
+    client.args(["-c", Side::Destination.address(), "-p", PORT, "-J"]);
+    client.args(["-t", &seconds.to_string(), "-O", &START.to_string()]);
+    let client = Program::start("iperf3", client)?;
+    let text = client.output(PATIENCE + Duration::from_secs(u64::from(seconds + START)))?;
+    bytes_per_second(&text).ok_or_else(|| BenchError::Tool(format!("iperf3 printed no figures: {}", text.trim())))
+}
+
+fn bytes_per_second(json: &str) -> Option<f64> {
+    let found: Value = serde_json::from_str(json).ok()?;
+    let bits = found.pointer("/end/sum_received/bits_per_second")?.as_f64()?;
+    (bits > 0.0).then_some(bits / 8.0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_was_received_counts() {
+        let json = r#"{"end": {"sum_sent": {"bits_per_second": 9e8}, "sum_received": {"bits_per_second": 8e8}}}"#;
+        assert_eq!(bytes_per_second(json), Some(1e8));
+        assert_eq!(bytes_per_second(r#"{"error": "unable to connect"}"#), None);
+    }
+}
