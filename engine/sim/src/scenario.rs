@@ -128,6 +128,8 @@ pub(crate) struct Scenario {
     pub(crate) destination_config: DestinationConfig,
     /// Decisions of the convergence policy come from the seed.
     pub(crate) random_policy: bool,
+    /// Rounds after which the policy wants the switch-over whatever it costs.
+    pub(crate) patience: u64,
     pub(crate) link: Link,
     pub(crate) vm: VmPlan,
     pub(crate) faults: Vec<(Trigger, Fault)>,
@@ -143,7 +145,7 @@ impl Scenario {
         let pages: u64 = layout.regions().iter().map(Region::page_count).sum();
         let mut config = source_config(&mut random.fork(2));
         config.encode = encode_config(&mut random.fork(7));
-        let encoding = encoder_plan(&mut random.fork(8), &config);
+        let mut encoding = encoder_plan(&mut random.fork(8), &config);
         let destination_config = destination_config(&mut random.fork(3), &config);
         let mut link = link(&mut random.fork(4), &config);
         let mut vm = vm_plan(&mut random.fork(5));
@@ -152,9 +154,11 @@ impl Scenario {
         if dice.chance(15) {
             vm.failures = vec![(dice.pick(&CALLS), dice.below(2) as u32)];
         }
+        // Rounds take so long that the dirty bits are looked at in the middle of them.
         let long = random.fork(9).chance(8);
         if long {
-            make_long(&mut random.fork(10), &mut link);
+            link.bandwidth.fill(random.fork(10).log_within(400_000..=1_000_000));
+            encoding.buffers = 1;
         }
         let visits = if dice.chance(10) { vec![(dice.micros(1..=50_000), visit(&mut dice))] } else { Vec::new() };
         Self {
@@ -162,11 +166,13 @@ impl Scenario {
             seed,
             filled: if long { 100 } else { dice.pick(&[0, 10, 60, 100]) },
             runs: !dice.chance(5),
-            pattern: pattern(&mut dice, pages),
+            pattern: if long { hot_pattern(&mut dice, pages) } else { pattern(&mut dice, pages) },
             tracking: tracking(&mut dice),
             tears: dice.chance(50),
             knows_populated: dice.chance(80),
             random_policy: dice.chance(30),
+            // Now and then so many that the session has to put an end to it.
+            patience: if dice.chance(4) { u64::MAX } else { dice.log_within(3..=300) },
             layout,
             config,
             encoding,
@@ -213,6 +219,7 @@ impl Scenario {
             encoding: EncoderPlan { longest: Duration::from_micros(200), buffers: 4 },
             destination_config,
             random_policy: false,
+            patience: u64::MAX,
             link: Link {
                 latency: vec![latency],
                 bandwidth: vec![1_000_000_000],
@@ -285,6 +292,12 @@ fn pattern(random: &mut Random, pages: u64) -> Pattern {
     }
 }
 
+/// A few pages that are written all the time.
+fn hot_pattern(random: &mut Random, pages: u64) -> Pattern {
+    let pattern = pattern(random, pages);
+    Pattern { interval: random.micros(500..=5_000), writes: 3, reach: random.pick(&[4, 20]), ..pattern }
+}
+
 fn tracking(random: &mut Random) -> Tracking {
     Tracking {
         manual: random.chance(60),
@@ -352,11 +365,6 @@ fn link(random: &mut Random, config: &SourceConfig) -> Link {
     Link { latency, bandwidth, jitter: random.micros(1..=5_000), capacity: random.log_within(4_096..=4 << 20) }
 }
 
-/// A link on which a round takes so long that the dirty bits are looked at in the middle of it.
-fn make_long(random: &mut Random, link: &mut Link) {
-    link.bandwidth.fill(random.log_within(400_000..=1_000_000));
-}
-
 fn vm_plan(random: &mut Random) -> VmPlan {
     VmPlan {
         // Some take longer than the peer may be silent.
@@ -384,6 +392,8 @@ fn fault(random: &mut Random, config: &SourceConfig) -> (Trigger, Fault) {
         _ => Fault::DowntimeLimit(random.micros(100..=3_000_000)),
     };
     let trigger = match random.below(10) {
+        // A round is abandoned in its middle.
+        0..=5 if fault == Fault::SwitchOver => Trigger::Sent(Which::Kind(Kind::Pages, random.below(20))),
         0 if !fault.damages_frame() => Trigger::At(random.micros(10..=3_000_000)),
         1..=4 if !fault.damages_frame() => Trigger::Arrived(which(random, config)),
         _ => Trigger::Sent(which(random, config)),
