@@ -132,21 +132,23 @@ impl Encoder {
 
     fn encode_contents(&mut self, batch: &Batch, admits: bool, out: &mut EncodedBatch) -> Result<(), MemoryError> {
         let Self { reader, hasher, shared, pages, tail, timed, .. } = self;
-        let mut worker = Worker { shared, hasher, tail, near: None, admits, timed: *timed };
+        let mut worker = Worker { shared, tail, near: None, admits, timed: *timed };
+        let mut group = Group::default();
         for run in &batch.runs {
-            // A run ends where its region does; the page numbers may go on all the same.
-            out.record_open = false;
             out.tally.pages += run.count;
             reader.read_run(*run, |page, read| {
-                let Some(buffer) = pages.next_page() else {
+                let Some(buffer) = pages.stage(group.staged) else {
                     return Err(MemoryError::Unsupported("a batch over the limit"));
                 };
-                let zero = read(buffer)?;
-                if worker.encode_page(page, zero, buffer, batch.round, out) == Kept::Literal {
-                    pages.keep();
+                let hash = (!read(buffer)?).then(|| hasher.hash(buffer));
+                if group.add(page, hash, shared) {
+                    group.encode(batch.round, &mut worker, pages, out);
                 }
                 Ok(())
             })?;
+            group.encode(batch.round, &mut worker, pages, out);
+            // A run ends where its region does; the page numbers may go on all the same.
+            out.record_open = false;
         }
         Ok(())
     }
@@ -183,7 +185,7 @@ impl Encoder {
                     expected = Some(PageNumber(from.0 + 1));
                     return Ok(());
                 }
-                let Some(buffer) = pages.next_page() else {
+                let Some(buffer) = pages.stage(0) else {
                     return Err(MemoryError::Unsupported("a batch over the limit"));
                 };
                 if read(buffer)? {
@@ -194,7 +196,7 @@ impl Encoder {
                     let hash = hasher.hash(buffer);
                     out.tally.stages.literal_pages += 1;
                     out.note(page, Coding::Literal, hash, table.swap(page, hash));
-                    pages.keep();
+                    pages.keep(pages.len(), 0);
                 }
                 Ok(())
             })?;
@@ -238,10 +240,53 @@ enum Kept {
     Elsewhere,
 }
 
+/// Pages that were read and hashed and are decided about together: meanwhile the index of duplicates is
+/// fetched for all of them, which otherwise is a cache miss a page.
+#[derive(Default)]
+struct Group {
+    /// Pages, and the hashes of those that are not zero.
+    pages: [(PageNumber, Option<PageHash>); GROUP],
+    len: usize,
+    /// Of them, not zero: these lie staged in the payload.
+    staged: usize,
+}
+
+/// Enough to hide a cache miss; few enough that the pages stay in the first-level cache's reach.
+const GROUP: usize = 8;
+
+impl Group {
+    /// Adds a page; `true` when the group is full.
+    fn add(&mut self, page: PageNumber, hash: Option<PageHash>, shared: &Shared) -> bool {
+        if let (Some(hash), Some(index)) = (hash, &shared.duplicates) {
+            index.prefetch(hash);
+        }
+        self.pages[self.len] = (page, hash);
+        self.len += 1;
+        self.staged += usize::from(hash.is_some());
+        self.len == GROUP
+    }
+
+    /// Decides about the pages of the group, and empties it.
+    fn encode(&mut self, round: u32, worker: &mut Worker<'_>, payload: &mut PageBuffer, out: &mut EncodedBatch) {
+        let (len, mut index) = (payload.len(), 0);
+        for (page, hash) in self.pages[..self.len].iter().copied() {
+            let Some(hash) = hash else {
+                worker.encode_zero(page, round, out);
+                continue;
+            };
+            let kept = payload.staged(len, index).map(|bytes| worker.encode_page(page, hash, bytes, out));
+            if kept == Some(Kept::Literal) {
+                payload.keep(len, index);
+            }
+            index += 1;
+        }
+        (self.len, self.staged) = (0, 0);
+    }
+}
+
 /// Encodes the pages of one batch.
 struct Worker<'a> {
     shared: &'a Shared,
-    hasher: &'a PageHasher,
     tail: &'a mut Vec<u8>,
     near: Option<Near<'a>>,
     /// Whether pages may enter the cache of bases.
@@ -250,30 +295,29 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Decides about one page, cheapest first. `bytes` is the private copy; undefined for a zero page.
+    fn encode_zero(&mut self, page: PageNumber, round: u32, out: &mut EncodedBatch) {
+        let table = &self.shared.table;
+        // In the first round the record says that the page was looked at.
+        if round > 0 && table.load(page) == PageHash::ZERO {
+            out.tally.stages.unchanged_pages += 1;
+            return;
+        }
+        out.tally.stages.zero_pages += 1;
+        out.tally.zero_pages += 1;
+        out.note(page, Coding::Zero, PageHash::ZERO, table.swap(page, PageHash::ZERO));
+    }
+
+    /// Decides about a page that is not zero, cheapest first. `bytes` is the private copy.
     fn encode_page(
         &mut self,
         page: PageNumber,
-        zero: bool,
+        hash: PageHash,
         bytes: &[u8; PAGE_SIZE],
-        round: u32,
         out: &mut EncodedBatch,
     ) -> Kept {
         let table = &self.shared.table;
         let before = table.load(page);
         let stages = &mut out.tally.stages;
-        if zero {
-            // In the first round the record says that the page was looked at.
-            if before == PageHash::ZERO && round > 0 {
-                stages.unchanged_pages += 1;
-                return Kept::Elsewhere;
-            }
-            stages.zero_pages += 1;
-            out.tally.zero_pages += 1;
-            out.note(page, Coding::Zero, PageHash::ZERO, table.swap(page, PageHash::ZERO));
-            return Kept::Elsewhere;
-        }
-        let hash = self.hasher.hash(bytes);
         if hash == before {
             stages.unchanged_pages += 1;
             return Kept::Elsewhere;
