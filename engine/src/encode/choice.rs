@@ -62,16 +62,29 @@ const HOPE: f64 = 0.25;
 /// more than what the few pages cost which the guest writes again meanwhile.
 const ADMISSION_NS: f64 = 3.0;
 
+/// Time per byte sent from which on duplicates are looked for: 8 Gbps. The look into the index is a miss in
+/// cache and page tables, some 0.1 ns a byte (`benches/NOTES.md`), and most pages are no duplicates.
+const SEEK_NS: f64 = 1.0;
+
 /// How a batch is to be encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// How hard to pack.
     pub level: Level,
     /// Whether pages that are sent for the first time may enter the cache of delta bases: it costs a
     /// copy, which pays only if the round takes long enough for the guest to write them again.
     pub admits: bool,
+    /// Whether duplicates are looked for: on a link as fast as memory, looking takes longer than sending.
+    pub seeks: bool,
     /// A level to try on the same payload.
     pub trial: Option<Level>,
+}
+
+impl Default for Choice {
+    /// Everything but packing.
+    fn default() -> Self {
+        Self { level: Level::Raw, admits: true, seeks: true, trial: None }
+    }
 }
 
 /// What a trial has brought.
@@ -138,12 +151,13 @@ impl LevelChooser {
     pub fn choose(&self) -> Choice {
         let mut state = self.lock();
         let admits = state.is_saturated() && state.link_ns / self.lanes > ADMISSION_NS;
+        let seeks = state.link_ns / self.lanes > SEEK_NS;
         if let Some(level) = self.fixed {
-            return Choice { level, admits, trial: None };
+            return Choice { level, admits, seeks, trial: None };
         }
         state.settle(self.encoders, self.lanes);
         let trial = state.trial(self.encoders, self.lanes);
-        Choice { level: LADDER[state.rung].0, admits, trial: trial.map(|rung| LADDER[rung].0) }
+        Choice { level: LADDER[state.rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
     }
 
     /// A batch was encoded: its payload, what came out, and what scanning and packing took.
@@ -385,5 +399,14 @@ mod tests {
         let chooser = LevelChooser::new(Compress::Level(99), 1, 1);
         assert_eq!(chooser.choose().level, Level::Zstd(super::super::MAX_LEVEL));
         assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose().level, Level::Raw);
+    }
+
+    #[test]
+    fn duplicates_are_looked_for_unless_the_link_is_as_fast_as_memory() {
+        for (link_ns, seeks) in [(0.3, false), (8.0, true), (83.0, true)] {
+            let mut world = World::new(link_ns, 0.5);
+            world.run(100);
+            assert_eq!(world.chooser.choose().seeks, seeks, "{link_ns} ns a byte");
+        }
     }
 }

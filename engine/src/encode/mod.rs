@@ -104,7 +104,7 @@ impl Encoder {
         self.pages.clear();
         self.tail.clear();
         match &batch.phase {
-            Phase::Contents => self.encode_contents(batch, choice.admits || batch.round > 0, out)?,
+            Phase::Contents => self.encode_contents(batch, choice, out)?,
             Phase::Copies(deferred) => {
                 self.encode_copies(batch, |page| deferred.contains(page), out)?;
             }
@@ -130,9 +130,11 @@ impl Encoder {
 
     // ---- first step: what changed ----
 
-    fn encode_contents(&mut self, batch: &Batch, admits: bool, out: &mut EncodedBatch) -> Result<(), MemoryError> {
+    fn encode_contents(&mut self, batch: &Batch, choice: Choice, out: &mut EncodedBatch) -> Result<(), MemoryError> {
         let Self { reader, hasher, shared, pages, tail, timed, .. } = self;
-        let mut worker = Worker { shared, tail, near: None, admits, timed: *timed };
+        let duplicates = shared.duplicates.as_ref().filter(|_| choice.seeks);
+        let admits = choice.admits || batch.round > 0;
+        let mut worker = Worker { shared, duplicates, tail, near: None, admits, timed: *timed };
         let mut group = Group::default();
         for run in &batch.runs {
             out.tally.pages += run.count;
@@ -141,7 +143,7 @@ impl Encoder {
                     return Err(MemoryError::Unsupported("a batch over the limit"));
                 };
                 let hash = (!read(buffer)?).then(|| hasher.hash(buffer));
-                if group.add(page, hash, shared) {
+                if group.add(page, hash, duplicates) {
                     group.encode(batch.round, &mut worker, pages, out);
                 }
                 Ok(())
@@ -256,8 +258,8 @@ const GROUP: usize = 8;
 
 impl Group {
     /// Adds a page; `true` when the group is full.
-    fn add(&mut self, page: PageNumber, hash: Option<PageHash>, shared: &Shared) -> bool {
-        if let (Some(hash), Some(index)) = (hash, &shared.duplicates) {
+    fn add(&mut self, page: PageNumber, hash: Option<PageHash>, index: Option<&DuplicateIndex>) -> bool {
+        if let (Some(hash), Some(index)) = (hash, index) {
             index.prefetch(hash);
         }
         self.pages[self.len] = (page, hash);
@@ -287,6 +289,8 @@ impl Group {
 /// Encodes the pages of one batch.
 struct Worker<'a> {
     shared: &'a Shared,
+    /// Where to look for duplicates, if at all.
+    duplicates: Option<&'a DuplicateIndex>,
     tail: &'a mut Vec<u8>,
     near: Option<Near<'a>>,
     /// Whether pages may enter the cache of bases.
@@ -334,7 +338,7 @@ impl Worker<'_> {
             return Kept::Elsewhere;
         }
         let holds = |other: PageNumber| other != page && table.load(other) == hash;
-        if self.shared.duplicates.as_ref().is_some_and(|index| index.find(hash, holds).is_some()) {
+        if self.duplicates.is_some_and(|index| index.find(hash, holds).is_some()) {
             out.tally.digest.replace(page, table.swap(page, hash), hash);
             out.defer(page);
             self.remember(page, hash, bytes, false);
@@ -375,7 +379,7 @@ impl Worker<'_> {
     }
 
     fn index(&self, hash: PageHash, page: PageNumber) {
-        if let Some(index) = &self.shared.duplicates {
+        if let Some(index) = self.duplicates {
             index.insert(hash, page);
         }
     }
