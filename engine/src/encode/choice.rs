@@ -160,6 +160,13 @@ impl LevelChooser {
         Choice { level: LADDER[state.rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
     }
 
+    /// Whether encoding is so little work, beside sending, that who sends a batch had better encode it too.
+    pub fn leaves_it_to_lanes(&self) -> bool {
+        let state = self.lock();
+        let raw = self.fixed.map_or(state.rung == 0, |level| level == Level::Raw);
+        raw && state.link_ns / self.lanes <= SEEK_NS
+    }
+
     /// A batch was encoded: its payload, what came out, and what scanning and packing took.
     pub fn encoded(&self, level: Level, raw: usize, packed: usize, scan: Duration, pack: Duration) {
         let mut state = self.lock();
