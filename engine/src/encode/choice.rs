@@ -272,9 +272,12 @@ impl State {
             rung if self.trial_up => rung + 1,
             rung => rung - 1,
         };
+        if rung == 0 || rung == LADDER.len() {
+            return None;
+        }
         let present = self.time(self.rung, encoders, lanes);
         let could_win = self.encode_time(rung, encoders).max(HOPE * self.link_ns / lanes) < present;
-        let affordable = rung < LADDER.len() && rung > 0 && self.encode_time(rung, encoders) < present * TRIAL_COST;
+        let affordable = self.encode_time(rung, encoders) < present * TRIAL_COST;
         (affordable && could_win).then_some(rung)
     }
 }
@@ -399,6 +402,18 @@ mod tests {
         world.ratio = 0.4;
         world.run(200);
         assert!(world.batch() >= Level::Zstd(6));
+    }
+
+    #[test]
+    fn at_the_strongest_level_there_is_no_stronger_one_to_try() {
+        let chooser = LevelChooser::new(Compress::Auto, 1, 1);
+        chooser.lock().rung = LADDER.len() - 1;
+        // A link of 10 Mbps, and each level worth what it costs.
+        chooser.lock().link_ns = 800.0;
+        chooser.lock().relative = std::array::from_fn(|rung| 1.0 - rung as f64 / 20.0);
+        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose()).collect();
+        assert!(choices.iter().all(|choice| choice.level == Level::Zstd(15)), "{choices:?}");
+        assert!(choices.iter().any(|choice| choice.trial == Some(Level::Zstd(12))));
     }
 
     #[test]
