@@ -10,8 +10,9 @@ use pageferry::units::PAGE_SIZE;
 use pageferry::wire::Kind;
 
 use crate::fault::{Call, Cut, Fault, Scope, Trigger, Which};
+use crate::guest::Mix;
 use crate::run::{Ending, run};
-use crate::scenario::{Scenario, Visit};
+use crate::scenario::{Pattern, Scenario, Visit};
 
 fn calm(pages: &[u64]) -> Scenario {
     let region = |(pages, index): (&u64, u64)| Region::ram(format!("r{index}"), index << 32, pages * PAGE_SIZE as u64);
@@ -44,6 +45,42 @@ fn a_record_of_pages_ends_where_its_region_ends() {
     let mut scenario = calm(&[64, 64, 3]);
     scenario.filled = 100;
     ends(&scenario, Ending::Completed);
+}
+
+/// A run copied from does, too: pages on both sides of a border have neighbouring numbers.
+#[test]
+fn a_run_copied_from_ends_where_its_region_ends() {
+    for seed in 0..20 {
+        let mut scenario = calm(&[64, 64, 64]);
+        scenario.seed = seed;
+        scenario.filled = 100;
+        scenario.pattern = Pattern {
+            interval: Duration::from_micros(200),
+            writes: 20,
+            reach: 192,
+            first: 0,
+            gives_back: false,
+            mix: Mix::Moves,
+        };
+        scenario.patience = 20;
+        ends(&scenario, Ending::Completed);
+    }
+}
+
+/// Else it is harvested again and again, and nothing is planned and nobody heard.
+#[test]
+fn a_slow_harvest_in_the_middle_of_a_round_lets_the_round_go_on() {
+    for seed in 0..5 {
+        let mut scenario = calm(&[300, 300]);
+        scenario.seed = seed;
+        scenario.filled = 100;
+        scenario.link.bandwidth = vec![500_000];
+        scenario.link.capacity = 4096;
+        scenario.encoding.buffers = 1;
+        scenario.pattern.mix = Mix::New;
+        scenario.vm.longest_call = scenario.config.peer_timeout * 2;
+        ends(&scenario, Ending::Completed);
+    }
 }
 
 #[test]

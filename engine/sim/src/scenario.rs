@@ -141,7 +141,9 @@ impl Scenario {
     /// The run that a seed stands for.
     pub(crate) fn of_seed(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let layout = layout(&mut random.fork(1));
+        // Rounds take so long that the dirty bits are looked at in the middle of them.
+        let long = random.fork(9).chance(8);
+        let layout = layout(&mut random.fork(1), long);
         let pages: u64 = layout.regions().iter().map(Region::page_count).sum();
         let mut config = source_config(&mut random.fork(2));
         config.encode = encode_config(&mut random.fork(7));
@@ -154,8 +156,6 @@ impl Scenario {
         if dice.chance(15) {
             vm.failures = vec![(dice.pick(&CALLS), dice.below(2) as u32)];
         }
-        // Rounds take so long that the dirty bits are looked at in the middle of them.
-        let long = random.fork(9).chance(8);
         if long {
             link.bandwidth.fill(random.fork(10).log_within(400_000..=1_000_000));
             encoding.buffers = 1;
@@ -262,11 +262,13 @@ const CALLS: [Call; 12] = [
     Call::Commit,
 ];
 
-fn layout(random: &mut Random) -> Layout {
+fn layout(random: &mut Random, large: bool) -> Layout {
     let mut regions = Vec::new();
     let mut address = 0;
-    for index in 0..random.pick(&[0, 1, 1, 1, 2, 3, 5]) {
-        let pages = random.pick(&[0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 300]);
+    let counts: &[u64] = if large { &[2, 3] } else { &[0, 1, 1, 1, 2, 3, 5] };
+    let sizes: &[u64] = if large { &[300, 384] } else { &[0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 300] };
+    for index in 0..random.pick(counts) {
+        let pages = random.pick(sizes);
         let mut region = Region::ram(format!("r{index}"), address, pages * PAGE_SIZE as u64);
         if random.chance(15) {
             region.transfer = Transfer::Skip;

@@ -26,7 +26,7 @@ const PAGE_TIME: Duration = Duration::from_micros(1);
 struct Job {
     batch: Batch,
     choice: Choice,
-    buffer: Box<EncodedBatch>,
+    buffer: EncodedBatch,
     result: Result<(), MemoryError>,
 }
 
@@ -65,7 +65,7 @@ pub(crate) struct Encoders {
     pub(super) shared: Arc<Shared>,
     host: HostId,
     threads: Vec<Thread>,
-    queue: VecDeque<(Batch, Box<EncodedBatch>)>,
+    queue: VecDeque<(Batch, EncodedBatch)>,
     interruption: Option<Interruption>,
     compress: Compress,
     plan: EncoderPlan,
@@ -96,7 +96,7 @@ impl Encoders {
         }
     }
 
-    fn add(&mut self, ctx: &mut Context, batch: Batch, buffer: Box<EncodedBatch>) {
+    fn add(&mut self, ctx: &mut Context, batch: Batch, buffer: EncodedBatch) {
         self.queue.push_back((batch, buffer));
         if let Some(index) = self.threads.iter().position(Thread::is_idle) {
             self.begin_next(ctx, index);

@@ -69,6 +69,7 @@ pub struct SourceSession {
     round_acked: bool,
     /// When the dirty bits are to be looked at again while a round is under way.
     harvest_due: Duration,
+    harvest_began: Duration,
     dirty_after_save: u64,
     forecast: Forecast,
     throttle: u8,
@@ -109,6 +110,7 @@ impl SourceSession {
             round_flushed: false,
             round_acked: false,
             harvest_due: Duration::ZERO,
+            harvest_began: Duration::ZERO,
             dirty_after_save: 0,
             forecast: Forecast::default(),
             throttle: 0,
