@@ -84,6 +84,22 @@ fn a_slow_harvest_in_the_middle_of_a_round_lets_the_round_go_on() {
 }
 
 #[test]
+fn a_vm_that_takes_long_to_throttle_is_no_silence() {
+    for seed in 0..10 {
+        let mut scenario = calm(&[200]);
+        scenario.seed = seed;
+        scenario.filled = 100;
+        scenario.pattern.writes = 20;
+        scenario.pattern.reach = 200;
+        scenario.pattern.interval = Duration::from_micros(100);
+        scenario.config.downtime_limit = Duration::from_millis(1);
+        scenario.vm.longest_call = scenario.config.peer_timeout * 2;
+        scenario.patience = 8;
+        ends(&scenario, Ending::Completed);
+    }
+}
+
+#[test]
 fn a_guest_without_memory_migrates() {
     for pages in [&[][..], &[0], &[1]] {
         let mut scenario = calm(pages);

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use pageferry::config::{Compress, EncodeConfig, OnTimeout, Verify};
-use pageferry::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE};
+use pageferry::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE, WORK_FACTOR};
 use pageferry::memory::{Layout, Region, Transfer};
 use pageferry::transport::LaneRole;
 use pageferry::units::PAGE_SIZE;
@@ -236,6 +236,8 @@ impl Scenario {
     /// Nothing goes wrong, nothing is tight: it has to succeed.
     pub(crate) fn must_succeed(&self) -> bool {
         let roomy = Duration::from_secs(2);
+        // Around the pause five calls follow each other, and the destination sees nothing of it.
+        let patient = self.destination_config.peer_timeout * WORK_FACTOR;
         self.faults.is_empty()
             && self.vm.failures.is_empty()
             && self.visits.is_empty()
@@ -243,6 +245,7 @@ impl Scenario {
             && self.destination_config.peer_timeout >= roomy
             && self.config.timeout >= Duration::from_secs(600)
             && self.config.on_timeout == OnTimeout::SwitchOver
+            && self.vm.longest_call * 5 <= patient
             && self.canary.is_none()
     }
 }

@@ -212,7 +212,10 @@ impl SourceSession {
             SourceInput::DataLaneLost(error) => self.lose_data_lane(now, error),
             SourceInput::Cancel => self.cancel(now),
             SourceInput::SwitchOverNow => self.force_switch(),
-            SourceInput::ThrottleRefused => self.forget_throttle(),
+            SourceInput::ThrottleRefused => {
+                self.heard(now);
+                self.forget_throttle();
+            }
             SourceInput::DowntimeLimit(limit) => self.setup.config.downtime_limit = limit,
             SourceInput::Message(message) => {
                 self.last_heard = now;
