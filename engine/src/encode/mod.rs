@@ -263,6 +263,7 @@ impl Worker<'_> {
         let before = table.load(page);
         let stages = &mut out.tally.stages;
         if zero {
+            self.settle(page, false, round);
             // In the first round the record says that the page was looked at.
             if before == PageHash::ZERO && round > 0 {
                 stages.unchanged_pages += 1;
@@ -275,10 +276,12 @@ impl Worker<'_> {
         }
         let hash = self.hasher.hash(bytes);
         if hash == before {
+            self.settle(page, true, round);
             stages.unchanged_pages += 1;
             return Kept::Elsewhere;
         }
         if let Some(word) = repeated_word(bytes) {
+            self.settle(page, false, round);
             stages.pattern_pages += 1;
             self.tail.extend_from_slice(&word.to_le_bytes());
             out.note(page, Coding::Pattern, hash, table.swap(page, hash));
@@ -333,6 +336,15 @@ impl Worker<'_> {
     fn index(&self, hash: PageHash, page: PageNumber) {
         if let Some(index) = &self.shared.duplicates {
             index.insert(hash, page);
+        }
+    }
+
+    /// The cache of bases need not wait for this page to be sent; in the first round it waits for none.
+    fn settle(&mut self, page: PageNumber, goes_on: bool, round: u32) {
+        if round > 0
+            && let Some(near) = self.near(page)
+        {
+            near.settle(page, goes_on);
         }
     }
 
