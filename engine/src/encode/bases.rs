@@ -261,6 +261,18 @@ mod tests {
     }
 
     #[test]
+    fn a_cache_without_bound_holds_the_whole_guest_and_no_more() {
+        let table = std::sync::Arc::new(crate::digest::HashTable::new(5000));
+        let config = crate::EncodeConfig { delta_cache: u64::MAX, ..crate::EncodeConfig::default() };
+        let bases = crate::encode::Shared::new(table, 5000, &config).bases;
+        for page in 0..5000 {
+            store(&bases, page);
+        }
+        assert!((0..5000).all(|page| holds(&bases, page)));
+        assert!(bases.sets * SHARDS * WAYS as u64 <= crate::limits::HASH_CHUNK_PAGES);
+    }
+
+    #[test]
     fn a_cache_of_nothing_holds_nothing() {
         assert!(Bases::new(0).near(PageNumber(1)).is_none());
         assert!(Bases::new(MIB - 1).near(PageNumber(1)).is_none(), "less than a set in every shard");

@@ -49,7 +49,8 @@ impl Shared {
     /// Nothing sent yet: for a guest with so many pages of content.
     pub fn new(table: Arc<HashTable>, pages: u64, config: &crate::config::EncodeConfig) -> Self {
         let duplicates = config.duplicates.then(|| DuplicateIndex::new(pages));
-        Self { table, duplicates, bases: Bases::new(config.delta_cache) }
+        let bases = Bases::new(config.delta_cache.min(table.page_space() * PAGE_SIZE as u64));
+        Self { table, duplicates, bases }
     }
 
     /// Nothing sent yet, and no references to what was: pages are zero, unchanged, patterns or literals.
