@@ -48,7 +48,7 @@ pub struct EncodeConfig {
     /// memory per page with content.
     pub duplicates: bool,
     /// Bytes of pages kept as they were last sent, so that only what changed needs to be sent again;
-    /// taken as pages come. Default 256 MiB; 0 for no deltas.
+    /// taken as pages come, and never more than the guest has. Default 256 MiB; 0 for no deltas.
     pub delta_cache: u64,
 }
 

@@ -131,6 +131,11 @@ impl HashTable {
         Self { chunks: (0..count).map(|_| OnceLock::new()).collect() }
     }
 
+    /// Pages that the table has room for.
+    pub(crate) fn page_space(&self) -> u64 {
+        self.chunks.len() as u64 * HASH_CHUNK_PAGES
+    }
+
     /// A page's hash.
     pub fn load(&self, page: PageNumber) -> PageHash {
         let Some(chunk) = self.chunk(page).and_then(OnceLock::get) else {

@@ -132,8 +132,8 @@ impl Near<'_> {
         let way = match entries.iter().position(|entry| entry.page == page) {
             Some(way) => way,
             None if new => {
-                let free = |entry: &Entry| entry.place != NOWHERE && entry.again;
-                let Some(way) = (0..WAYS).filter(|&way| !free(&entries[way])).min_by_key(|&way| {
+                let stays = |entry: &Entry| entry.place != NOWHERE && entry.again;
+                let Some(way) = (0..WAYS).filter(|&way| !stays(&entries[way])).min_by_key(|&way| {
                     let entry = &entries[way];
                     if entry.place == NOWHERE { (0, 0) } else { (1, entry.sent) }
                 }) else {
@@ -156,6 +156,16 @@ impl Near<'_> {
         let place = entry.place;
         if let Some(base) = shard.bytes(place) {
             base.copy_from_slice(bytes);
+        }
+    }
+
+    /// A page that was written, and is not sent as a literal or a delta, no longer needs to stay. Unless it
+    /// `goes_on` to be what was sent, it is of no use as a base: its room is taken first.
+    pub(super) fn settle(&mut self, page: PageNumber, goes_on: bool) {
+        let set = self.set(page);
+        if let Some(entry) = self.shard.entries[set].iter_mut().find(|entry| entry.page == page) {
+            entry.again = false;
+            entry.sent = if goes_on { entry.sent } else { 0 };
         }
     }
 
@@ -237,6 +247,37 @@ mod tests {
         assert_eq!(near.base(PageNumber(9), PageHash(10)), Some(&mut [1; PAGE_SIZE]));
         near.store(PageNumber(10), PageHash(10), &[1; PAGE_SIZE], false);
         assert!(near.base(PageNumber(10), PageHash(10)).is_none(), "not taken in unasked");
+    }
+
+    #[test]
+    fn a_page_that_was_looked_at_and_not_sent_makes_room_again() {
+        for goes_on in [false, true] {
+            let bases = Bases::new(MIB);
+            for page in 0..128 * 256 {
+                store(&bases, page);
+            }
+            bases.note_dirty(|_| true);
+            for page in 0..128 * 256 {
+                bases.near(PageNumber(page), true).unwrap().settle(PageNumber(page), goes_on);
+            }
+            for page in 1_000_000..1_000_000 + 128 * 256 {
+                store(&bases, page);
+            }
+            let kept = (1_000_000..1_000_000 + 128 * 256).filter(|&page| holds(&bases, page)).count();
+            assert_eq!(kept, 256);
+        }
+    }
+
+    #[test]
+    fn a_cache_without_bound_holds_the_whole_guest_and_no_more() {
+        let table = std::sync::Arc::new(crate::digest::HashTable::new(5000));
+        let config = crate::EncodeConfig { delta_cache: u64::MAX, ..crate::EncodeConfig::default() };
+        let bases = crate::encode::Shared::new(table, 5000, &config).bases;
+        for page in 0..5000 {
+            store(&bases, page);
+        }
+        assert!((0..5000).all(|page| holds(&bases, page)));
+        assert!(bases.sets * SHARDS * WAYS as u64 <= crate::limits::HASH_CHUNK_PAGES);
     }
 
     #[test]

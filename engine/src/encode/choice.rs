@@ -5,9 +5,11 @@
 //! packing leaves of it, `link` the lanes' time per byte sent. The level with the least of that wins: raw
 //! where the link outruns the encoders, stronger the slower the link is.
 //!
-//! The lanes' time per byte says something about the link only while they have no lack of batches. What a
-//! level would bring is learned by using it, and by packing a batch now and then at a neighbouring level
-//! as well.
+//! The lanes' time per byte says something about the link only while they have no lack of batches: what is
+//! sent now and then only fills buffers, on any link. So while the encoders are what everything waits for, the link is
+//! taken to be a little faster all the time, until packing less shows how fast it is; each time that was in
+//! vain the next attempt comes later. What a level would bring is learned by using it, and by packing a batch
+//! now and then at a neighbouring level as well.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -41,8 +43,14 @@ const WEIGHT: f64 = 0.25;
 /// Lanes that are busy for this share of the time are what the migration waits for.
 const SATURATED: f64 = 0.85;
 
-/// How much faster the link is taken to be after each batch that did not have to wait for it.
-const LINK_DRIFT: f64 = 0.99;
+/// The time, in seconds, over which it is judged whether the lanes are busy.
+const WINDOW: f64 = 0.02;
+
+/// Seconds in which an unused link is taken to have become faster by a factor of e: at first, and at most.
+const LINK_DRIFT: (f64, f64) = (0.15, 10.0);
+
+/// A link that turns out to be at least this much of what it was before the drift has not changed.
+const UNCHANGED: f64 = 0.7;
 
 /// A level must be better by this to replace the present one; and of two that differ by less the
 /// cheaper is taken.
@@ -116,6 +124,9 @@ struct State {
     pack_ns: [f64; LADDER.len()],
     relative: [f64; LADDER.len()],
     link_ns: f64,
+    /// What `link_ns` was when the lanes began to lack batches.
+    link_ns_before: Option<f64>,
+    drift: f64,
     busy: f64,
     idle: f64,
     until_trial: u32,
@@ -138,6 +149,8 @@ impl LevelChooser {
             pack_ns: LADDER.map(|(_, ns, _)| ns),
             relative: LADDER.map(|(_, _, relative)| relative),
             link_ns: LINK_NS,
+            link_ns_before: None,
+            drift: LINK_DRIFT.0,
             busy: 0.0,
             idle: 0.0,
             until_trial: 0,
@@ -150,13 +163,16 @@ impl LevelChooser {
     /// How the next batch is to be encoded.
     pub fn choose(&self) -> Choice {
         let mut state = self.lock();
-        let admits = state.is_saturated() && state.link_ns / self.lanes > ADMISSION_NS;
-        let seeks = state.link_ns / self.lanes > SEEK_NS;
+        let admits = state.link_ns / self.lanes > ADMISSION_NS;
+        let slow = state.link_ns / self.lanes > SEEK_NS;
         if let Some(level) = self.fixed {
+            let seeks = slow || level != Level::Raw;
             return Choice { level, admits, seeks, trial: None };
         }
         state.settle(self.encoders, self.lanes);
         let trial = state.trial(self.encoders, self.lanes);
+        // Beside packing, looking is nothing.
+        let seeks = slow || state.rung > 0;
         Choice { level: LADDER[state.rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
     }
 
@@ -205,18 +221,11 @@ impl LevelChooser {
     pub fn sent(&self, bytes: u64, busy: Duration, idle: Duration) {
         let mut state = self.lock();
         let (busy, idle) = (busy.as_secs_f64(), idle.as_secs_f64());
-        // The last quarter of a second or so, whatever the size of frames.
-        let fade = (-(busy + idle) / 0.25).exp();
+        let fade = (-(busy + idle) / WINDOW).exp();
         state.busy = state.busy * fade + busy;
         state.idle = state.idle * fade + idle;
-        if bytes < 4096 {
-            return;
-        }
-        let ns = busy * 1e9 / bytes as f64;
-        if state.is_saturated() {
-            blend(&mut state.link_ns, ns, weight(bytes as usize * 2));
-        } else {
-            state.link_ns = (state.link_ns * LINK_DRIFT).max(ns.min(state.link_ns));
+        if bytes >= 4096 {
+            state.learn_link(busy * 1e9 / bytes as f64, bytes, busy + idle);
         }
     }
 
@@ -228,6 +237,23 @@ impl LevelChooser {
 impl State {
     fn is_saturated(&self) -> bool {
         self.busy > SATURATED * (self.busy + self.idle)
+    }
+
+    /// Some bytes took so many nanoseconds each; `seconds` have passed since the last were sent.
+    fn learn_link(&mut self, ns: f64, bytes: u64, seconds: f64) {
+        if self.is_saturated() {
+            // A slow link shows itself; a fast one could be a buffer that was empty.
+            let weight = if ns > self.link_ns { 0.5 } else { weight(bytes as usize * 2) };
+            blend(&mut self.link_ns, ns, weight);
+            if self.link_ns_before.is_some_and(|before| self.link_ns > before * UNCHANGED) {
+                self.link_ns_before = None;
+                self.drift = (self.drift * 2.0).min(LINK_DRIFT.1);
+            }
+        } else {
+            self.link_ns_before.get_or_insert(self.link_ns);
+            let faster = self.link_ns * (-seconds / self.drift).exp();
+            self.link_ns = faster.max(ns.min(self.link_ns));
+        }
     }
 
     fn ratio_at(&self, rung: usize) -> f64 {
@@ -305,20 +331,25 @@ mod tests {
 
     const BATCH: usize = 512 << 10;
 
-    /// A link and an encoder as the chooser sees them, batch by batch; returns the levels used.
+    /// A link and an encoder as the chooser sees them, batch by batch. The link has a buffer: what is sent now
+    /// and then leaves as fast as it can be copied there.
     struct World {
         chooser: LevelChooser,
         link_ns: f64,
         /// Of level 1.
         ratio: f64,
         encoder_free: f64,
-        link_free: f64,
+        /// When the last batches have left the lane.
+        sent: Vec<f64>,
+        wire_free: f64,
     }
+
+    const BUFFER: f64 = 262_144.0;
 
     impl World {
         fn new(link_ns: f64, ratio: f64) -> Self {
             let chooser = LevelChooser::new(Compress::Auto, 1, 1);
-            Self { chooser, link_ns, ratio, encoder_free: 0.0, link_free: 0.0 }
+            Self { chooser, link_ns, ratio, encoder_free: 0.0, sent: vec![0.0; 4], wire_free: 0.0 }
         }
 
         fn costs(level: Level) -> (f64, f64) {
@@ -343,8 +374,8 @@ mod tests {
             };
             let (pack, packed) = outcome(choice.level);
             let scan = 0.25 * BATCH as f64;
-            // At most four batches wait.
-            let begin = self.encoder_free.max(self.link_free - 4.0 * BATCH as f64 * self.link_ns * self.ratio);
+            // At most four batches are at work or wait.
+            let begin = self.encoder_free.max(self.sent[self.sent.len() - 4]);
             self.encoder_free = begin + scan + pack;
             let ns = |ns: f64| Duration::from_nanos(ns as u64);
             self.chooser.encoded(choice.level, BATCH, packed, ns(scan), ns(pack));
@@ -353,19 +384,21 @@ mod tests {
                 self.encoder_free += time;
                 self.chooser.tried(choice.level, BATCH, packed, Trial { level, packed: tried, time: ns(time) });
             }
-            let idle = (self.encoder_free - self.link_free).max(0.0);
-            let busy = packed as f64 * self.link_ns;
-            self.link_free = self.link_free.max(self.encoder_free) + busy;
-            self.chooser.sent(packed as u64, ns(busy), ns(idle));
+            let lane_free = self.sent[self.sent.len() - 1];
+            let start = lane_free.max(self.encoder_free);
+            self.wire_free = self.wire_free.max(start) + packed as f64 * self.link_ns;
+            let end = (start + packed as f64 * 0.2).max(self.wire_free - BUFFER * self.link_ns);
+            self.sent.push(end);
+            self.chooser.sent(packed as u64, ns(end - start), ns(start - lane_free));
             choice.level
         }
 
         fn run(&mut self, batches: usize) -> f64 {
-            let began = self.link_free;
+            let began = self.wire_free;
             for _ in 0..batches {
                 self.batch();
             }
-            (self.link_free - began) / batches as f64
+            (self.wire_free - began) / batches as f64
         }
 
         /// Time per batch with one level throughout.
@@ -378,9 +411,19 @@ mod tests {
 
     #[test]
     fn the_chosen_level_is_nearly_as_good_as_the_best_fixed_one_on_any_link() {
-        for (link_ns, ratio) in
-            [(0.3, 0.4), (1.0, 0.4), (8.0, 0.45), (8.0, 1.0), (83.0, 0.4), (83.0, 0.7), (166.0, 0.5), (83.0, 1.0)]
-        {
+        for (link_ns, ratio) in [
+            (0.3, 0.4),
+            (1.0, 0.4),
+            (4.0, 0.3),
+            (8.0, 0.2),
+            (8.0, 0.3),
+            (8.0, 0.45),
+            (8.0, 1.0),
+            (83.0, 0.4),
+            (83.0, 0.7),
+            (166.0, 0.5),
+            (83.0, 1.0),
+        ] {
             let mut world = World::new(link_ns, ratio);
             let time = world.run(400);
             let best = LADDER.iter().map(|(level, _, _)| world.fixed(*level)).fold(f64::INFINITY, f64::min);

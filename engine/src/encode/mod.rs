@@ -49,7 +49,8 @@ impl Shared {
     /// Nothing sent yet: for a guest with so many pages of content.
     pub fn new(table: Arc<HashTable>, pages: u64, config: &crate::config::EncodeConfig) -> Self {
         let duplicates = config.duplicates.then(|| DuplicateIndex::new(pages));
-        Self { table, duplicates, bases: Bases::new(config.delta_cache) }
+        let bases = Bases::new(config.delta_cache.min(table.page_space() * PAGE_SIZE as u64));
+        Self { table, duplicates, bases }
     }
 
     /// Nothing sent yet, and no references to what was: pages are zero, unchanged, patterns or literals.
@@ -134,7 +135,8 @@ impl Encoder {
         let Self { reader, hasher, shared, pages, tail, timed, .. } = self;
         let duplicates = shared.duplicates.as_ref().filter(|_| choice.seeks);
         let admits = choice.admits || batch.round > 0;
-        let mut worker = Worker { shared, duplicates, tail, near: None, admits, timed: *timed };
+        let round = batch.round;
+        let mut worker = Worker { shared, round, duplicates, tail, near: None, admits, timed: *timed };
         let mut group = Group::default();
         for run in &batch.runs {
             out.tally.pages += run.count;
@@ -144,11 +146,11 @@ impl Encoder {
                 };
                 let hash = (!read(buffer)?).then(|| hasher.hash(buffer));
                 if group.add(page, hash, duplicates) {
-                    group.encode(batch.round, &mut worker, pages, out);
+                    group.encode(&mut worker, pages, out);
                 }
                 Ok(())
             })?;
-            group.encode(batch.round, &mut worker, pages, out);
+            group.encode(&mut worker, pages, out);
             // A run ends where its region does; the page numbers may go on all the same.
             out.record_open = false;
         }
@@ -269,11 +271,11 @@ impl Group {
     }
 
     /// Decides about the pages of the group, and empties it.
-    fn encode(&mut self, round: u32, worker: &mut Worker<'_>, payload: &mut PageBuffer, out: &mut EncodedBatch) {
+    fn encode(&mut self, worker: &mut Worker<'_>, payload: &mut PageBuffer, out: &mut EncodedBatch) {
         let (len, mut index) = (payload.len(), 0);
         for (page, hash) in self.pages[..self.len].iter().copied() {
             let Some(hash) = hash else {
-                worker.encode_zero(page, round, out);
+                worker.encode_zero(page, out);
                 continue;
             };
             let kept = payload.staged(len, index).map(|bytes| worker.encode_page(page, hash, bytes, out));
@@ -289,6 +291,7 @@ impl Group {
 /// Encodes the pages of one batch.
 struct Worker<'a> {
     shared: &'a Shared,
+    round: u32,
     /// Where to look for duplicates, if at all.
     duplicates: Option<&'a DuplicateIndex>,
     tail: &'a mut Vec<u8>,
@@ -299,10 +302,11 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    fn encode_zero(&mut self, page: PageNumber, round: u32, out: &mut EncodedBatch) {
-        let table = &self.shared.table;
+    fn encode_zero(&mut self, page: PageNumber, out: &mut EncodedBatch) {
+        self.settle(page, false);
+        let Shared { table, .. } = self.shared;
         // In the first round the record says that the page was looked at.
-        if round > 0 && table.load(page) == PageHash::ZERO {
+        if self.round > 0 && table.load(page) == PageHash::ZERO {
             out.tally.stages.unchanged_pages += 1;
             return;
         }
@@ -319,14 +323,16 @@ impl Worker<'_> {
         bytes: &[u8; PAGE_SIZE],
         out: &mut EncodedBatch,
     ) -> Kept {
-        let table = &self.shared.table;
+        let Shared { table, .. } = self.shared;
         let before = table.load(page);
         let stages = &mut out.tally.stages;
         if hash == before {
+            self.settle(page, true);
             stages.unchanged_pages += 1;
             return Kept::Elsewhere;
         }
         if let Some(word) = repeated_word(bytes) {
+            self.settle(page, false);
             stages.pattern_pages += 1;
             self.tail.extend_from_slice(&word.to_le_bytes());
             out.note(page, Coding::Pattern, hash, table.swap(page, hash));
@@ -381,6 +387,15 @@ impl Worker<'_> {
     fn index(&self, hash: PageHash, page: PageNumber) {
         if let Some(index) = self.duplicates {
             index.insert(hash, page);
+        }
+    }
+
+    /// The cache of bases need not wait for this page to be sent; in the first round it waits for none.
+    fn settle(&mut self, page: PageNumber, goes_on: bool) {
+        if self.round > 0
+            && let Some(near) = self.near(page)
+        {
+            near.settle(page, goes_on);
         }
     }
 
