@@ -396,7 +396,7 @@ impl<'a> Worker<'a> {
         if self.near.as_ref().is_none_or(|near| !near.covers(page)) {
             // The old lock is let go first: two at a time could wait for each other.
             self.near = None;
-            self.near = self.shared.bases.near(page);
+            self.near = self.shared.bases.near(page, self.admits);
         }
         self.near.as_mut()
     }
