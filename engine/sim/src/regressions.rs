@@ -84,6 +84,19 @@ fn a_slow_harvest_in_the_middle_of_a_round_lets_the_round_go_on() {
 }
 
 #[test]
+fn a_vm_that_throttles_once_and_no_further_is_not_left_throttled() {
+    let mut scenario = calm(&[200]);
+    scenario.filled = 100;
+    scenario.pattern = Pattern { interval: Duration::from_micros(100), writes: 20, reach: 200, ..scenario.pattern };
+    scenario.link.bandwidth = vec![20_000_000];
+    scenario.config.downtime_limit = Duration::from_millis(1);
+    scenario.vm.failures = vec![(Call::Throttle, 1)];
+    scenario.patience = 30;
+    scenario.faults = vec![(sent(Kind::State), cut(true, true, None))];
+    ends(&scenario, Ending::Failed);
+}
+
+#[test]
 fn a_vm_that_takes_long_to_throttle_is_no_silence() {
     for seed in 0..10 {
         let mut scenario = calm(&[200]);

@@ -73,6 +73,8 @@ pub struct SourceSession {
     dirty_after_save: u64,
     forecast: Forecast,
     throttle: u8,
+    /// The last that the VMM took.
+    throttle_held: u8,
     digest: Digest,
     prepared: Option<Prepared>,
     full_digest: Option<Digest>,
@@ -114,6 +116,7 @@ impl SourceSession {
             dirty_after_save: 0,
             forecast: Forecast::default(),
             throttle: 0,
+            throttle_held: 0,
             digest: Digest::default(),
             prepared: None,
             full_digest: None,

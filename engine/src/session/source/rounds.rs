@@ -36,6 +36,7 @@ impl SourceSession {
                 self.state = State::StartingTracking;
             }
             (State::StartingTracking, SourceInput::Tracking { .. }) => self.begin_first_round(now),
+            (_, SourceInput::Throttled) => self.hold_throttle(),
             (_, SourceInput::RoundQueued) => self.on_round_queued(now),
             (_, SourceInput::RoundFlushed(tally)) => self.on_round_flushed(now, &tally),
             (State::Sending, SourceInput::Harvested { .. }) => self.on_harvest_by_the_way(now),
@@ -156,7 +157,6 @@ impl SourceSession {
             Decision::AnotherRound => self.begin_running_round(now),
             Decision::Throttle(percent) => {
                 let percent = percent.min(situation.max_throttle);
-                self.report.throttle_peak = self.report.throttle_peak.max(percent);
                 self.act(SourceAction::Notify(Event::Throttled(percent)));
                 self.act(SourceAction::Throttle(percent));
                 self.throttle = percent;
@@ -165,11 +165,15 @@ impl SourceSession {
         }
     }
 
-    /// A VMM that cannot throttle is not asked again.
+    pub(super) fn hold_throttle(&mut self) {
+        self.throttle_held = self.throttle;
+        self.report.throttle_peak = self.report.throttle_peak.max(self.throttle);
+    }
+
+    /// A VMM that cannot throttle is not asked again, except to end what it has done before.
     pub(super) fn forget_throttle(&mut self) {
         self.setup.config.max_throttle = 0;
-        self.throttle = 0;
-        self.report.throttle_peak = 0;
+        (self.throttle, self.round.throttle) = (self.throttle_held, self.throttle_held);
     }
 
     pub(super) fn begin_running_round(&mut self, now: Duration) {
