@@ -25,7 +25,7 @@ Guests: mix (30 % zero, 10 % duplicate, 40 % text-like, 20 % random pages) and r
 --image; idle, few20 (a few bytes a page, 20 MiB/s over 128 MiB), full200 (whole pages, 200 MiB/s over 256 MiB) run.
 
 Examples:
-  pageferry-bench link --preset gigabit --image debian.ram
+  pageferry-bench link --preset bytes --image plain.img --image duplicates.img   (benches/images makes these)
   pageferry-bench link --rate 1gbit --guest mix,idle --qemu multifd-2-zstd,plain
   pageferry-bench link --guest few20 --ours two='--lanes 2' --ours one='--lanes 1' --baseline one
 
