@@ -160,8 +160,8 @@ impl LevelChooser {
         Self { fixed, encoders: encoders.max(1).into(), lanes: lanes.max(1).into(), state: Mutex::new(state) }
     }
 
-    /// How the next batch is to be encoded.
-    pub fn choose(&self) -> Choice {
+    /// How the next batch is to be encoded, when so many wait for a lane.
+    pub fn choose(&self, waiting: usize) -> Choice {
         let mut state = self.lock();
         let admits = state.link_ns / self.lanes > ADMISSION_NS;
         let slow = state.link_ns / self.lanes > SEEK_NS;
@@ -173,7 +173,8 @@ impl LevelChooser {
         let trial = state.trial(self.encoders, self.lanes);
         // Beside packing, looking is nothing.
         let seeks = slow || state.rung > 0;
-        Choice { level: LADDER[state.rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
+        let rung = state.rung_for_now(waiting, self.encoders, self.lanes);
+        Choice { level: LADDER[rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
     }
 
     /// Whether encoding is so little work, beside sending, that who sends a batch had better encode it too.
@@ -284,6 +285,14 @@ impl State {
         }
     }
 
+    /// The rung for one batch: the next easier one while lanes lack batches and encoding is the longer part.
+    /// Two levels in turn keep both link and encoders busy where each alone would leave one idle.
+    fn rung_for_now(&self, waiting: usize, encoders: f64, lanes: f64) -> usize {
+        let sending = self.ratio_at(self.rung) * self.link_ns / lanes;
+        let lacking = waiting == 0 && self.encode_time(self.rung, encoders) > sending;
+        if lacking { self.rung.saturating_sub(1) } else { self.rung }
+    }
+
     /// A neighbouring rung, if it is time to look at one and it could be better.
     fn trial(&mut self, encoders: f64, lanes: f64) -> Option<usize> {
         self.until_trial = self.until_trial.saturating_sub(1);
@@ -366,7 +375,9 @@ mod tests {
         }
 
         fn batch(&mut self) -> Level {
-            let choice = self.chooser.choose();
+            let next = self.encoder_free.max(self.sent[self.sent.len() - 4]);
+            let waiting = usize::from(self.sent[self.sent.len() - 1] > next);
+            let choice = self.chooser.choose(waiting);
             let outcome = |level: Level| {
                 let (ns, relative) = Self::costs(level);
                 let ratio = if level == Level::Raw { 1.0 } else { (self.ratio * relative).min(1.0) };
@@ -454,7 +465,7 @@ mod tests {
         // A link of 10 Mbps, and each level worth what it costs.
         chooser.lock().link_ns = 800.0;
         chooser.lock().relative = std::array::from_fn(|rung| 1.0 - rung as f64 / 20.0);
-        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose()).collect();
+        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose(1)).collect();
         assert!(choices.iter().all(|choice| choice.level == Level::Zstd(15)), "{choices:?}");
         assert!(choices.iter().any(|choice| choice.trial == Some(Level::Zstd(12))));
     }
@@ -462,8 +473,8 @@ mod tests {
     #[test]
     fn a_fixed_choice_stays() {
         let chooser = LevelChooser::new(Compress::Level(99), 1, 1);
-        assert_eq!(chooser.choose().level, Level::Zstd(super::super::MAX_LEVEL));
-        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose().level, Level::Raw);
+        assert_eq!(chooser.choose(1).level, Level::Zstd(super::super::MAX_LEVEL));
+        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose(1).level, Level::Raw);
     }
 
     #[test]
@@ -471,7 +482,7 @@ mod tests {
         for (link_ns, seeks) in [(0.3, false), (8.0, true), (83.0, true)] {
             let mut world = World::new(link_ns, 0.5);
             world.run(100);
-            assert_eq!(world.chooser.choose().seeks, seeks, "{link_ns} ns a byte");
+            assert_eq!(world.chooser.choose(1).seeks, seeks, "{link_ns} ns a byte");
         }
     }
 }

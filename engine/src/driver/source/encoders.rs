@@ -155,7 +155,7 @@ impl Work {
         batch: &Batch,
         buffer: &mut EncodedBatch,
     ) -> Result<Encoded, MemoryError> {
-        let choice = self.chooser.choose();
+        let choice = self.chooser.choose(self.ready.len());
         encoder.encode(batch, choice, buffer)?;
         let mut tally = *buffer.tally();
         let (raw, packed) = buffer.payload_bytes();
