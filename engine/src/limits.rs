@@ -101,7 +101,7 @@ pub const WATCH_AHEAD_PAGES: u64 = 1 << 16;
 /// limit: they would be dirty then anyway, and if they cool down instead, little was lost.
 pub const HOLD_SHARE: u32 = 4;
 
-/// Events that threads may have waiting for the driver; more make the lane wait, and so the peer.
+/// Events that may wait for the driver before a receiving lane waits too, and so the peer.
 pub const EVENT_QUEUE: usize = 256;
 
 /// How often an idle side says that it is alive.

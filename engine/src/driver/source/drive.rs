@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::{Receiver, Select, Sender, bounded};
+use crossbeam_channel::{Receiver, Select, Sender, bounded, unbounded};
 
 use super::super::pace::Pacer;
 use super::super::send::EndStep;
@@ -20,7 +20,7 @@ use crate::dirty::{Accumulator, DirtySink, Point};
 use crate::encode::{EncodedBatch, Shared, Tally, populated_runs};
 use crate::error::{Error, Failed, Unsettled};
 use crate::host::{Control, Joiner};
-use crate::limits::{EVENT_QUEUE, FAREWELL};
+use crate::limits::FAREWELL;
 use crate::memory::GuestMemory;
 use crate::session::{Outcome, SourceAction, SourceInput, SourceSession};
 use crate::stats::{Event, Report, Stages};
@@ -43,6 +43,8 @@ pub(super) struct Driver<'a> {
     pub(super) pacer: Arc<Pacer>,
     pub(super) counters: Arc<Counters>,
     pub(super) started: Instant,
+    /// What threads have to say never waits, or a lane could wait for the driver while it waits for the
+    /// lane. There is little of it; the peer's share is bounded where it is received.
     pub(super) events: (Sender<SourceEvent>, Receiver<SourceEvent>),
     pub(super) config: SourceConfig,
     pub(super) pipeline: Pipeline,
@@ -115,7 +117,7 @@ impl<'a> Driver<'a> {
             pacer: Arc::new(Pacer::new(source.config.bandwidth)),
             counters: Arc::default(),
             started: Instant::now(),
-            events: bounded(EVENT_QUEUE),
+            events: unbounded(),
             config: source.config.clone(),
             pipeline: Pipeline::new(&source.config),
             encoders: None,
@@ -368,10 +370,10 @@ impl<'a> Driver<'a> {
 
     pub(super) fn save(&mut self) {
         let Some(messages) = self.messages.clone() else { return };
-        let mut writer = StateWriter { messages, buffer: Vec::new(), bytes: 0, lane_ended: false };
+        let control = self.control.clone();
+        let mut writer = StateWriter { messages, control, buffer: Vec::new(), bytes: 0, overtaken: false };
         let saved = self.vm.save(&mut writer).and_then(|()| Ok(writer.send()?));
-        if writer.lane_ended {
-            // The lane's own end, which is on its way, says why.
+        if writer.overtaken {
             return;
         }
         let bytes = writer.bytes;

@@ -13,6 +13,7 @@ use super::drive::Driver;
 use super::{ControlEvent, SourceEvent};
 use crate::error::Error;
 use crate::host::ThreadRole;
+use crate::limits::EVENT_QUEUE;
 use crate::session::SourceInput;
 use crate::transport::{Dialer, LaneHalves, LaneRole, TransportError};
 
@@ -158,6 +159,10 @@ fn receive_messages(mut lane: NumberedReceiver, generation: u64, events: &Sender
             Err(error) => ControlEvent::Broken(error),
         };
         let last = matches!(event, ControlEvent::Broken(_));
+        // The driver may be busy, and the peer may say more than it will ever hear.
+        while events.len() >= EVENT_QUEUE {
+            std::thread::sleep(Duration::from_millis(1));
+        }
         if events.send(SourceEvent::Control(generation, event)).is_err() || last {
             return;
         }

@@ -5,15 +5,18 @@ use std::time::Duration;
 
 use crossbeam_channel::Sender;
 
+use crate::host::Control;
 use crate::limits::{MAX_STATE, MAX_STATE_PIECES, STATE_CHUNK};
 use crate::wire::Message;
 
 /// Cuts the machine state into frames as it is written.
 pub(super) struct StateWriter {
     pub(super) messages: Sender<Message>,
+    pub(super) control: Control,
     pub(super) buffer: Vec<u8>,
     pub(super) bytes: u64,
-    pub(super) lane_ended: bool,
+    /// The lane has ended, or the user has cancelled: the driver hears of it elsewhere.
+    pub(super) overtaken: bool,
 }
 
 impl StateWriter {
@@ -23,11 +26,15 @@ impl StateWriter {
         }
         // The lane's own end wakes nobody here: a lane that is stuck ends after the peer timeout.
         while self.messages.len() > MAX_STATE_PIECES {
+            if self.control.is_cancelled() {
+                self.overtaken = true;
+                return Err(io::Error::other("the migration was cancelled"));
+            }
             std::thread::sleep(Duration::from_millis(1));
         }
         let piece = std::mem::take(&mut self.buffer);
         self.messages.send(Message::State(piece)).map_err(|_| {
-            self.lane_ended = true;
+            self.overtaken = true;
             io::ErrorKind::BrokenPipe.into()
         })
     }
