@@ -184,6 +184,9 @@ impl Unpacker {
         // A slice, so that nothing beyond the announced length can be written (R17).
         self.payload.resize(body.payload_len.max(self.payload.len()), 0);
         let room = &mut self.payload[..body.payload_len];
+        if zstd::zstd_safe::find_frame_compressed_size(body.packed) != Ok(body.packed.len()) {
+            return Err(WireError::Payload("it is not one zstd frame".to_owned()).into());
+        }
         match decompressor.decompress_to_buffer(body.packed, room) {
             Ok(len) if len == body.payload_len => Ok(&self.payload[..len]),
             Ok(len) => {
@@ -245,6 +248,7 @@ mod tests {
     use crate::encode::{Choice, EncodedBatch, Encoder, Shared, digest_runs, populated_runs};
     use crate::memory::{Backing, Layout, MappedMemory, PageReader, Region, RegionId};
     use crate::stats::Stages;
+    use crate::wire::{Header, Kind};
 
     struct Side {
         memory: Arc<MappedMemory>,
@@ -318,6 +322,27 @@ mod tests {
         let (second, _) = send(&source, &destination, &batches(&source, &[(1, 3..7), (0, 0..1)]));
         assert_eq!(first.plus(second), full_digest(&source));
         assert_eq!(full_digest(&source), full_digest(&destination));
+    }
+
+    #[test]
+    fn a_payload_of_more_than_one_zstd_frame_is_refused() {
+        let mut placer = Placer::new(side().memory, hasher(), side().table);
+        let empty = zstd::bulk::compress(&[], 1).unwrap();
+        let skippable = [&0x184D_2A50_u32.to_le_bytes()[..], &[1, 0, 0, 0, 7]].concat();
+        let mut place = |payload: &[u8]| {
+            let head = [5, 0, 0, 0, 1, 0, 0, 0, 0];
+            let body = [&head, payload].concat();
+            let mut header =
+                Header { kind: Kind::Pages, body_len: body.len() as u32, step: 0, sequence: 0, checksum: 0 };
+            header.checksum = checksum(&header, &head, &[]);
+            let mut frame = FrameBuffer::new();
+            frame.fill(&[&header.encode(), &body[..]].concat()).unwrap();
+            placer.place(&frame)
+        };
+        assert_eq!(place(&empty).unwrap().pages, 0);
+        for payload in [[&empty[..], &empty].concat(), [&empty[..], &skippable].concat(), Vec::new()] {
+            assert!(matches!(place(&payload), Err(PlaceError::Wire(WireError::Payload(_)))));
+        }
     }
 
     #[test]

@@ -5,7 +5,7 @@
 use std::sync::Arc;
 
 use pageferry::EncodeConfig;
-use pageferry::batch::{Batch, Planner};
+use pageferry::batch::{Batch, Phase, Planner};
 use pageferry::digest::{Digest, DigestKey, HashTable, PageHasher};
 use pageferry::dirty::{Accumulator, DirtySink};
 use pageferry::encode::{Choice, EncodedBatch, Encoder, Level, Shared};
@@ -121,7 +121,13 @@ impl Source {
         loop {
             let mut batches = Vec::new();
             while let Some(batch) = planner.next_batch(&mut self.dirty, &mut |_, _, _| Ok(())).unwrap() {
-                batches.push(batch);
+                if busy && matches!(batch.phase, Phase::Contents) && random.below(30) == 0 {
+                    // The user wants the switch-over now.
+                    planner.abandon();
+                    batch.runs.iter().for_each(|run| self.dirty.give_back(*run));
+                } else {
+                    batches.push(batch);
+                }
                 if busy {
                     planner.watch_ahead(&mut self.dirty, &mut |_, _, _| Ok(())).unwrap();
                     for _ in 0..random.below(40) {
@@ -201,8 +207,10 @@ fn both_memories_are_the_same_after_every_migration_and_all_codings_are_used() {
                 source.disturb(&mut random);
             }
         }
-        // Stopped.
+        // Stopped; and saving writes memory.
         source.send(6, &mut destination, &mut random, false);
+        source.disturb(&mut random);
+        source.send(7, &mut destination, &mut random, false);
         assert_same(&source, &destination);
         all.add(&source.stages);
     }

@@ -101,7 +101,7 @@ impl Encoders {
             free: pipeline.free.0.clone(),
             ready: pipeline.ready.0.clone(),
         };
-        let mut threads = Vec::new();
+        let mut threads: Vec<Box<dyn Joiner>> = Vec::new();
         let pool = ThreadPoolBuilder::new()
             .num_threads(count.into())
             .spawn_handler(|thread| {
@@ -109,9 +109,14 @@ impl Encoders {
                 threads.push(lent.spawner.spawn(role, Box::new(|| thread.run()))?);
                 Ok(())
             })
-            .build()
-            .map_err(|error| Error::Host { what: "an encoder thread", source: std::io::Error::other(error) })?;
-        Ok((Self { pool, work: Arc::new(work) }, threads))
+            .build();
+        match pool {
+            Ok(pool) => Ok((Self { pool, work: Arc::new(work) }, threads)),
+            Err(error) => {
+                threads.into_iter().for_each(|thread| thread.join());
+                Err(Error::Host { what: "an encoder thread", source: std::io::Error::other(error) })
+            }
+        }
     }
 
     /// Has a batch encoded into a free buffer, or by a lane; the end comes as an event.
@@ -192,5 +197,57 @@ impl Work {
             let _ = self.ready.send(Parcel::Encoded(buffer));
         }
         Ok(encoded)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+    use std::time::Duration;
+
+    use super::*;
+    use crate::digest::{DigestKey, HashTable};
+    use crate::host::{Spawner, StdSpawner};
+    use crate::memory::{Backing, Layout, MappedMemory, Region};
+
+    /// Has no more than two threads to lend.
+    #[derive(Default)]
+    struct Miser {
+        lent: AtomicUsize,
+        ended: Arc<AtomicUsize>,
+    }
+
+    impl Spawner for Miser {
+        fn spawn(&self, role: ThreadRole, work: Box<dyn FnOnce() + Send>) -> std::io::Result<Box<dyn Joiner>> {
+            if self.lent.fetch_add(1, Ordering::SeqCst) == 2 {
+                return Err(std::io::ErrorKind::WouldBlock.into());
+            }
+            let ended = Arc::clone(&self.ended);
+            let work = move || {
+                work();
+                std::thread::sleep(Duration::from_millis(20));
+                ended.fetch_add(1, Ordering::SeqCst);
+            };
+            StdSpawner.spawn(role, Box::new(work))
+        }
+    }
+
+    #[test]
+    fn no_thread_is_left_behind_when_there_are_too_few() {
+        let layout = Layout::new(vec![Region::ram("a", 0, 4096)]).unwrap();
+        let mut config = SourceConfig::default();
+        config.encode.threads = 4;
+        let miser = Arc::new(Miser::default());
+        let lent = Lent { observer: None, spawner: Arc::clone(&miser) as Arc<dyn Spawner> };
+        let parts = EncoderParts {
+            memory: Arc::new(MappedMemory::new(layout, Backing::Anonymous).unwrap()),
+            hasher: PageHasher::new(&DigestKey([1; 32])),
+            shared: Arc::new(Shared::plain(Arc::new(HashTable::new(64)))),
+            counters: Arc::default(),
+            events: bounded(1).0,
+            over: Arc::default(),
+        };
+        assert!(Encoders::start(&config, &lent, &Pipeline::new(&config), parts).is_err());
+        assert_eq!(miser.ended.load(Ordering::SeqCst), 2);
     }
 }
