@@ -113,7 +113,9 @@ impl Encoders {
         match pool {
             Ok(pool) => Ok((Self { pool, work: Arc::new(work) }, threads)),
             Err(error) => {
-                threads.into_iter().for_each(|thread| thread.join());
+                for thread in threads {
+                    thread.join();
+                }
                 Err(Error::Host { what: "an encoder thread", source: std::io::Error::other(error) })
             }
         }
