@@ -113,7 +113,9 @@ impl Encoders {
         match pool {
             Ok(pool) => Ok((Self { pool, work: Arc::new(work) }, threads)),
             Err(error) => {
-                threads.into_iter().for_each(|thread| thread.join());
+                for thread in threads {
+                    thread.join();
+                }
                 Err(Error::Host { what: "an encoder thread", source: std::io::Error::other(error) })
             }
         }
@@ -150,7 +152,7 @@ impl Work {
         let mut tally = *buffer.tally();
         let (raw, packed) = buffer.payload_bytes();
         self.chooser.encoded(choice.level, raw, packed, tally.stages.scan_time, tally.stages.pack_time);
-        if let Some(level) = choice.trial {
+        if let Some(level) = choice.trial.filter(|_| !batch.urgent) {
             let began = Instant::now();
             if let Some(tried) = encoder.try_level(level, &buffer) {
                 let trial = Trial { level, packed: tried, time: began.elapsed() };
