@@ -16,6 +16,9 @@ pub(crate) struct Outcome {
     series: Vec<Series>,
     figures: Vec<Figure>,
     notes: Vec<String>,
+    /// Shown to people in place of the series and of figures that nothing was aimed for.
+    #[serde(skip)]
+    table: Option<String>,
 }
 
 /// The same thing, measured several times.
@@ -63,7 +66,7 @@ impl Outcome {
         } else {
             vec!["this is a debug build: build with --release before believing a number".to_owned()]
         };
-        Self { benchmark, about, machine, series: Vec::new(), figures: Vec::new(), notes }
+        Self { benchmark, about, machine, series: Vec::new(), figures: Vec::new(), notes, table: None }
     }
 
     /// Adds the values of all runs and returns their median.
@@ -82,6 +85,11 @@ impl Outcome {
     /// Adds something that a reader must know.
     pub(crate) fn note(&mut self, note: impl Into<String>) {
         self.notes.push(note.into());
+    }
+
+    /// Shows people this in place of the series, and of figures without a target.
+    pub(crate) fn table(&mut self, table: String) {
+        self.table = Some(table);
     }
 
     pub(crate) fn json(&self) -> String {
@@ -120,10 +128,11 @@ impl fmt::Display for Outcome {
             machine.tcp_congestion_control,
             machine.load_before
         )?;
-        for series in &self.series {
-            writeln!(f, "{series}")?;
+        match &self.table {
+            Some(table) => f.write_str(table)?,
+            None => self.series.iter().try_for_each(|series| writeln!(f, "{series}"))?,
         }
-        for figure in &self.figures {
+        for figure in self.figures.iter().filter(|figure| self.table.is_none() || figure.target.is_some()) {
             writeln!(f, "{figure}")?;
         }
         self.notes.iter().try_for_each(|note| writeln!(f, "  note: {note}"))

@@ -5,14 +5,18 @@ use std::path::{Path, PathBuf};
 
 use crate::{BenchError, host};
 
+/// Every folder's name starts with this, followed by the number of the process that made it.
+const PREFIX: &str = "pageferry-bench-";
+
 /// The folder. Dropping it removes it with all that is in it.
 #[derive(Debug)]
 pub(crate) struct Scratch(PathBuf);
 
 impl Scratch {
-    /// A new one, where temporary files belong.
+    /// A new one, where temporary files belong. Folders of processes that were killed are removed first.
     pub(crate) fn new() -> Result<Self, BenchError> {
-        let folder = std::env::temp_dir().join(format!("pageferry-bench-{}", std::process::id()));
+        remove_orphans();
+        let folder = std::env::temp_dir().join(format!("{PREFIX}{}", std::process::id()));
         fs::create_dir_all(&folder).map_err(host("cannot make a folder for temporary files"))?;
         Ok(Self(folder))
     }
@@ -49,6 +53,17 @@ impl Drop for Scratch {
     fn drop(&mut self) {
         // What cannot be removed is left to whoever cleans up temporary files.
         let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+fn remove_orphans() {
+    for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let maker = name.strip_prefix(PREFIX).and_then(|maker| maker.parse::<u32>().ok());
+        if maker.is_some_and(|maker| !Path::new(&format!("/proc/{maker}")).exists()) {
+            // Another user's stay.
+            let _ = fs::remove_dir_all(entry.path());
+        }
     }
 }
 

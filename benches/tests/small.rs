@@ -1,19 +1,44 @@
 //! Every benchmark once, with sizes at which no number means anything: they run to their end, and
 //! the answers that they check are right.
 
-use std::process::Command;
+use std::io::Write;
+use std::process::{Command, Stdio};
 
 use serde_json::Value;
 
+/// The exit code that says: this machine cannot measure it.
+const LACKING: i32 = 3;
+
 fn run(arguments: &str) -> Value {
-    let output = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"))
+    run_if_possible(arguments).unwrap_or_else(|| panic!("{arguments}: this machine lacks something"))
+}
+
+/// `None`, with a printed reason, where the machine lacks what it takes.
+fn run_if_possible(arguments: &str) -> Option<Value> {
+    let program = Command::new(env!("CARGO_BIN_EXE_pageferry-bench"))
         .args(arguments.split(' '))
         .arg("--json")
-        .output()
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
         .expect("the program starts");
+    let id = program.id();
+    let output = program.wait_with_output().expect("the program ends");
+    assert_eq!(network_namespaces_of(id), Vec::<String>::new(), "{arguments}");
     let text = String::from_utf8_lossy(&output.stdout);
-    assert!(output.status.success(), "{arguments}: {text}{}", String::from_utf8_lossy(&output.stderr));
-    serde_json::from_str(&text).unwrap_or_else(|error| panic!("{arguments}: {error}: {text}"))
+    let errors = String::from_utf8_lossy(&output.stderr);
+    if output.status.code() == Some(LACKING) {
+        drop(std::io::stderr().write_fmt(format_args!("skipped: {arguments}: {errors}")));
+        return None;
+    }
+    assert!(output.status.success(), "{arguments}: {text}{errors}");
+    Some(serde_json::from_str(&text).unwrap_or_else(|error| panic!("{arguments}: {error}: {text}")))
+}
+
+fn network_namespaces_of(process: u32) -> Vec<String> {
+    let all = std::fs::read_dir("/run/netns").into_iter().flatten().flatten();
+    let names = all.map(|entry| entry.file_name().to_string_lossy().into_owned());
+    names.filter(|name| name.contains(&format!("-{process}-"))).collect()
 }
 
 /// Names of the series, each of which must have a value from every run.
@@ -55,4 +80,14 @@ fn an_image_is_taken_apart() {
 fn harvests_and_kernels_give_right_answers() {
     assert_eq!(series(&run("harvest --size 1G --regions 3 --runs 1")).len(), 1);
     assert_eq!(series(&run("kernels --size 4M --runs 1")).len(), 18);
+}
+
+#[test]
+fn guests_move_over_a_shaped_link_and_nothing_of_it_is_left() {
+    let ours = "link --rate 500mbit --guest mix --size 32M --runs 1 --goodput-seconds 1";
+    let Some(found) = run_if_possible(ours) else { return };
+    assert!(series(&found).iter().any(|name| name == "500mbit mix ours: wire"), "{found}");
+    let Some(found) = run_if_possible(&format!("{ours} --qemu multifd-2-zstd")) else { return };
+    let names = series(&found);
+    assert!(names.iter().any(|name| name == "500mbit mix qemu-multifd-2-zstd: wire"), "{names:?}");
 }

@@ -90,6 +90,10 @@ pub const MAX_ROUNDS: u32 = 10_000;
 /// which of those last sent are worth keeping as bases. A clean harvest costs microseconds per GiB.
 pub const HARVEST_EVERY: Duration = Duration::from_millis(500);
 
+/// After such a look so many times as long as it took must pass before the next: on a host where it takes
+/// seconds the rest of the driver's work must not starve.
+pub const HARVEST_REST: u32 = 9;
+
 /// Pages that are armed ahead of their turn at each such look: 256 MiB, a millisecond for KVM.
 pub const WATCH_AHEAD_PAGES: u64 = 1 << 16;
 

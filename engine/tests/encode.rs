@@ -159,7 +159,7 @@ impl Source {
 
     fn encode(&mut self, batch: &Batch, planner: &mut Planner, random: &mut Random) -> Option<FrameBuffer> {
         let level = [Level::Raw, Level::Zstd(1), Level::Zstd(-3), Level::Zstd(7)][random.below(4) as usize];
-        let choice = Choice { level, admits: random.below(2) == 0, trial: None };
+        let choice = Choice { level, admits: random.below(2) == 0, seeks: random.below(5) > 0, trial: None };
         let mut out = EncodedBatch::default();
         self.encoders[random.below(3) as usize].encode(batch, choice, &mut out).unwrap();
         planner.defer(self.dirty.layout(), out.deferred());

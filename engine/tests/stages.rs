@@ -58,7 +58,7 @@ impl Source {
     fn round(&mut self, level: Level) -> Tally {
         self.dirty.mark_range(RAM, 0..PAGES);
         let (mut planner, mut tally) = (Planner::new(self.round), Tally::default());
-        let choice = Choice { level, admits: true, trial: None };
+        let choice = Choice { level, ..Choice::default() };
         loop {
             while let Some(batch) = planner.next_batch(&mut self.dirty, &mut |_, _, _| Ok(())).unwrap() {
                 let mut encoded = EncodedBatch::default();

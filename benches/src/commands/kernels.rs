@@ -117,8 +117,11 @@ impl Bench {
             let mut deltas = Vec::with_capacity(count * delta::MAX_DELTA);
             let encode = self.page_speed(outcome, &format!("delta encode, {name}"), count, || {
                 deltas.clear();
-                let encode = |(base, new)| delta::encode(base, new, &mut deltas);
-                let encoded = base.iter().zip(&new).filter_map(encode).count();
+                let mut encoded = 0;
+                for (index, new_page) in new.iter().enumerate() {
+                    [&base, &new].into_iter().filter_map(|pages| pages.get(index + 1)).for_each(delta::prefetch);
+                    encoded += usize::from(delta::encode(&base[index], new_page, &mut deltas).is_some());
+                }
                 expect(encoded == if share < 1.0 { count } else { 0 }, "pages that changed little have a delta")
             })?;
             outcome.figure(format!("delta encode, {name}: of plain reading"), "", encode / plain, None);
@@ -191,9 +194,14 @@ impl Bench {
     /// The whole way of a batch on either side, without a lane between them.
     fn batches(&self, outcome: &mut Outcome, what: &str) -> Result<(), BenchError> {
         let table = || Arc::new(HashTable::new(self.bytes / PAGE as u64));
-        let mut encoder = Encoder::new(self.memory.clone(), hasher(), Arc::new(Shared::plain(table())));
+        // One that has seen a page before sends nothing for it, so every run begins with a fresh one.
+        let fresh = || Encoder::new(self.memory.clone(), hasher(), Arc::new(Shared::plain(table())));
+        let mut encoder = fresh();
         let mut encoded = EncodedBatch::default();
         self.speed(outcome, &format!("encode {what}"), |offset| {
+            if offset == 0 {
+                encoder = fresh();
+            }
             Ok(encoder.encode(&batch(offset), Choice::default(), &mut encoded)?)
         })?;
 
@@ -203,6 +211,7 @@ impl Bench {
         let mut speeds = Vec::new();
         for _ in 0..self.runs {
             let mut spent = 0.0;
+            encoder = fresh();
             for offset in (0..self.bytes).step_by(BATCH) {
                 encoder.encode(&batch(offset), Choice::default(), &mut encoded)?;
                 fill(&mut frame, &encoded.seal(0))?;

@@ -8,7 +8,7 @@ mod subject;
 use std::time::Duration;
 
 pub(crate) use ours::{Ours, Setting, migrate_program};
-pub(crate) use qemu::{Qemu, QemuSetting};
+pub(crate) use qemu::{QEMU_PREFIX, Qemu, QemuSetting};
 pub(crate) use subject::{Memory, Subject};
 
 use crate::BenchError;

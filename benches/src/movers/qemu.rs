@@ -20,6 +20,9 @@ use crate::{BenchError, guest, host, sys};
 const PROGRAM: &str = "qemu-system-x86_64";
 const PORT: u16 = 7000;
 
+/// What the names of all its settings start with.
+pub(crate) const QEMU_PREFIX: &str = "qemu-";
+
 /// Booting, filling memory, ending: each is a matter of seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
 
@@ -63,7 +66,7 @@ impl FromStr for QemuSetting {
         };
         let pages = pages
             .ok_or_else(|| format!("{text:?} is none of plain, xbzrle, multifd-CHANNELS, multifd-CHANNELS-zstd"))?;
-        Ok(Self { pages, name: format!("qemu-{text}") })
+        Ok(Self { pages, name: format!("{QEMU_PREFIX}{text}") })
     }
 }
 
@@ -129,8 +132,8 @@ impl Qemu {
         }
         let mut program = Program::start("qemu", command)?;
         let mut qmp = Qmp::connect(&socket, || program.check())?;
-        qmp.command("migrate-set-capabilities", json!({"capabilities": self.setting.capabilities()}))?;
-        qmp.command("migrate-set-parameters", self.setting.parameters())?;
+        qmp.command("migrate-set-capabilities", &json!({"capabilities": self.setting.capabilities()}))?;
+        qmp.command("migrate-set-parameters", &self.setting.parameters())?;
         Ok(Machine { program, qmp, serial, start: Usage::default() })
     }
 
@@ -217,20 +220,20 @@ impl Mover for Qemu {
         drop(warmth);
         let mut destination = self.start(task, Side::Destination)?;
         let uri = json!({"uri": format!("tcp:{}:{PORT}", Side::Destination.address())});
-        destination.qmp.command("migrate-incoming", uri.clone())?;
+        destination.qmp.command("migrate-incoming", &uri)?;
         for machine in [&mut source, &mut destination] {
             machine.stand_back()?;
         }
         let sent_before = task.network.sent_bytes(Side::Source)?;
         let started = Instant::now();
-        source.qmp.command("migrate", uri)?;
+        source.qmp.command("migrate", &uri)?;
         let (ended, converged) = source.watch(started, task.limit)?;
         if converged {
             // Only then has everything left the source: its last megabytes still wait in its socket.
             destination.wait_arrived(task.subject)?;
         }
         let wire_bytes = task.network.sent_bytes(Side::Source)? - sent_before;
-        let report = source.qmp.command("query-migrate", Value::Null)?;
+        let report = source.qmp.command("query-migrate", &Value::Null)?;
         Ok(Moved {
             seconds: (ended - started).as_secs_f64(),
             downtime_ms: report["downtime"].as_f64().filter(|_| converged),
@@ -292,19 +295,16 @@ impl Machine {
     /// Waits until the migration has ended, or cancels it at the limit; when, and whether it was completed.
     fn watch(&mut self, started: Instant, limit: Duration) -> Result<(Instant, bool), BenchError> {
         let ends = ["completed", "failed", "cancelled"];
-        let in_time = self.qmp.migration_state(&ends, limit.saturating_sub(started.elapsed()))?;
-        let end = match in_time {
-            Some(end) => Some(end),
-            None => {
-                self.qmp.command("migrate_cancel", Value::Null)?;
-                self.qmp.migration_state(&ends, PATIENCE)?
-            }
-        };
+        let mut end = self.qmp.migration_state(&ends, limit.saturating_sub(started.elapsed()))?;
+        if end.is_none() {
+            self.qmp.command("migrate_cancel", &Value::Null)?;
+            end = self.qmp.migration_state(&ends, PATIENCE)?;
+        }
         match end {
             Some((at, state)) if state == "completed" => Ok((at, true)),
             Some((at, state)) if state == "cancelled" => Ok((at, false)),
             other => {
-                let report = self.qmp.command("query-migrate", Value::Null)?;
+                let report = self.qmp.command("query-migrate", &Value::Null)?;
                 Err(BenchError::Wrong(format!("QEMU's migration ended with {other:?}: {report}")))
             }
         }

@@ -50,12 +50,12 @@ impl Qmp {
             values.for_each(|value| drop(sender.send((Instant::now(), value))));
         });
         let mut qmp = Self { stream, lines, events: Vec::new() };
-        qmp.command("qmp_capabilities", Value::Null)?;
+        qmp.command("qmp_capabilities", &Value::Null)?;
         Ok(qmp)
     }
 
     /// Gives a command and returns its answer.
-    pub(super) fn command(&mut self, name: &str, arguments: Value) -> Result<Value, BenchError> {
+    pub(super) fn command(&mut self, name: &str, arguments: &Value) -> Result<Value, BenchError> {
         let order = if arguments.is_null() {
             json!({"execute": name})
         } else {
@@ -146,7 +146,7 @@ mod tests {
     fn events_between_commands_are_kept_for_whoever_waits_for_them() {
         let event = |state| format!("{{\"event\": \"MIGRATION\", \"data\": {{\"status\": \"{state}\"}}}}\n");
         let mut qmp = qemu(&format!("{START}{}{}{{\"return\": {{\"a\": 1}}}}\n", event("setup"), event("completed")));
-        assert_eq!(qmp.command("query-migrate", Value::Null).unwrap()["a"], 1);
+        assert_eq!(qmp.command("query-migrate", &Value::Null).unwrap()["a"], 1);
         let found = qmp.migration_state(&["completed", "failed"], Duration::ZERO).unwrap();
         assert_eq!(found.unwrap().1, "completed");
         assert!(qmp.migration_state(&["completed"], Duration::ZERO).unwrap().is_none());
@@ -155,7 +155,7 @@ mod tests {
     #[test]
     fn a_refusal_is_an_error_with_the_command_in_it() {
         let mut qmp = qemu(&format!("{START}{{\"error\": {{\"desc\": \"no such thing\"}}}}\n"));
-        let error = qmp.command("fly", json!({"to": "moon"})).unwrap_err().to_string();
+        let error = qmp.command("fly", &json!({"to": "moon"})).unwrap_err().to_string();
         assert!(error.contains("no such thing") && error.contains("moon"), "{error}");
     }
 }

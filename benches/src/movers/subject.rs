@@ -75,10 +75,7 @@ impl FromStr for Memory {
             "idle" => Self::Idle,
             "few20" => Self::Few20,
             "full200" => Self::Full200,
-            _ => match text.strip_prefix("image=") {
-                Some(file) if !file.is_empty() => Self::Image(file.into()),
-                _ => return Err(format!("{text:?} is none of mix, random, image=FILE, idle, few20, full200")),
-            },
+            _ => return Err(format!("{text:?} is none of mix, random, idle, few20, full200")),
         })
     }
 }
@@ -105,9 +102,9 @@ mod tests {
         for name in ["mix", "random", "idle", "few20", "full200"] {
             assert_eq!(name.parse::<Memory>().unwrap().to_string(), name);
         }
-        let image: Memory = "image=/tmp/debian.ram".parse().unwrap();
+        let image = Memory::Image("/tmp/debian.ram".into());
         assert_eq!((image.to_string().as_str(), image.is_running()), ("debian.ram", false));
-        assert!("image=".parse::<Memory>().is_err() && "blue".parse::<Memory>().is_err());
+        assert!("blue".parse::<Memory>().is_err());
     }
 
     #[test]

@@ -127,10 +127,10 @@ impl Statistics {
         self.failures.is_empty()
     }
 
-    /// Codings of pages that so many random runs should have met, and have not: one page for every 20
+    /// Codings of pages that so many random runs should have met, and have not: one page for every 50
     /// runs. A few runs prove nothing either way.
     pub fn unmet(&self) -> Vec<&'static str> {
-        let least = if self.runs < TELLING_RUNS { 0 } else { self.runs / 20 };
+        let least = if self.runs < TELLING_RUNS { 0 } else { self.runs / 50 };
         self.codings.each().iter().filter(|(_, pages)| *pages < least).map(|(coding, _)| *coding).collect()
     }
 

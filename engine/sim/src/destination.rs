@@ -326,7 +326,9 @@ impl DestinationHost {
         for (lane, _) in std::mem::take(&mut self.door) {
             ctx.network.close(&mut ctx.clock, lane, End::Destination);
         }
-        let Some(control) = self.control.take() else { return self.close(ctx) };
+        let Some(control) = self.control.take().filter(|control| !self.senders[*control].is_gone()) else {
+            return self.close(ctx);
+        };
         self.senders[control].close_messages(ctx);
         ctx.clock.after(FAREWELL, Event::Farewell(self.id));
         self.turn_soon(ctx);

@@ -10,8 +10,9 @@ use pageferry::units::PAGE_SIZE;
 use pageferry::wire::Kind;
 
 use crate::fault::{Call, Cut, Fault, Scope, Trigger, Which};
+use crate::guest::Mix;
 use crate::run::{Ending, run};
-use crate::scenario::{Scenario, Visit};
+use crate::scenario::{Pattern, Scenario, Visit};
 
 fn calm(pages: &[u64]) -> Scenario {
     let region = |(pages, index): (&u64, u64)| Region::ram(format!("r{index}"), index << 32, pages * PAGE_SIZE as u64);
@@ -44,6 +45,71 @@ fn a_record_of_pages_ends_where_its_region_ends() {
     let mut scenario = calm(&[64, 64, 3]);
     scenario.filled = 100;
     ends(&scenario, Ending::Completed);
+}
+
+/// A run copied from does, too: pages on both sides of a border have neighbouring numbers.
+#[test]
+fn a_run_copied_from_ends_where_its_region_ends() {
+    for seed in 0..20 {
+        let mut scenario = calm(&[64, 64, 64]);
+        scenario.seed = seed;
+        scenario.filled = 100;
+        scenario.pattern = Pattern {
+            interval: Duration::from_micros(200),
+            writes: 20,
+            reach: 192,
+            first: 0,
+            gives_back: false,
+            mix: Mix::Moves,
+        };
+        scenario.patience = 20;
+        ends(&scenario, Ending::Completed);
+    }
+}
+
+/// Else it is harvested again and again, and nothing is planned and nobody heard.
+#[test]
+fn a_slow_harvest_in_the_middle_of_a_round_lets_the_round_go_on() {
+    for seed in 0..5 {
+        let mut scenario = calm(&[300, 300]);
+        scenario.seed = seed;
+        scenario.filled = 100;
+        scenario.link.bandwidth = vec![500_000];
+        scenario.link.capacity = 4096;
+        scenario.encoding.buffers = 1;
+        scenario.pattern.mix = Mix::New;
+        scenario.vm.longest_call = scenario.config.peer_timeout * 2;
+        ends(&scenario, Ending::Completed);
+    }
+}
+
+#[test]
+fn a_vm_that_throttles_once_and_no_further_is_not_left_throttled() {
+    let mut scenario = calm(&[200]);
+    scenario.filled = 100;
+    scenario.pattern = Pattern { interval: Duration::from_micros(100), writes: 20, reach: 200, ..scenario.pattern };
+    scenario.link.bandwidth = vec![20_000_000];
+    scenario.config.downtime_limit = Duration::from_millis(1);
+    scenario.vm.failures = vec![(Call::Throttle, 1)];
+    scenario.patience = 30;
+    scenario.faults = vec![(sent(Kind::State), cut(true, true, None))];
+    ends(&scenario, Ending::Failed);
+}
+
+#[test]
+fn a_vm_that_takes_long_to_throttle_is_no_silence() {
+    for seed in 0..10 {
+        let mut scenario = calm(&[200]);
+        scenario.seed = seed;
+        scenario.filled = 100;
+        scenario.pattern.writes = 20;
+        scenario.pattern.reach = 200;
+        scenario.pattern.interval = Duration::from_micros(100);
+        scenario.config.downtime_limit = Duration::from_millis(1);
+        scenario.vm.longest_call = scenario.config.peer_timeout * 2;
+        scenario.patience = 8;
+        ends(&scenario, Ending::Completed);
+    }
 }
 
 #[test]

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use pageferry::config::{Compress, EncodeConfig, OnTimeout, Verify};
-use pageferry::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE};
+use pageferry::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE, WORK_FACTOR};
 use pageferry::memory::{Layout, Region, Transfer};
 use pageferry::transport::LaneRole;
 use pageferry::units::PAGE_SIZE;
@@ -128,6 +128,8 @@ pub(crate) struct Scenario {
     pub(crate) destination_config: DestinationConfig,
     /// Decisions of the convergence policy come from the seed.
     pub(crate) random_policy: bool,
+    /// Rounds after which the policy wants the switch-over whatever it costs.
+    pub(crate) patience: u64,
     pub(crate) link: Link,
     pub(crate) vm: VmPlan,
     pub(crate) faults: Vec<(Trigger, Fault)>,
@@ -139,11 +141,13 @@ impl Scenario {
     /// The run that a seed stands for.
     pub(crate) fn of_seed(seed: u64) -> Self {
         let mut random = Random::new(seed);
-        let layout = layout(&mut random.fork(1));
+        // Rounds take so long that the dirty bits are looked at in the middle of them.
+        let long = random.fork(9).chance(8);
+        let layout = layout(&mut random.fork(1), long);
         let pages: u64 = layout.regions().iter().map(Region::page_count).sum();
         let mut config = source_config(&mut random.fork(2));
         config.encode = encode_config(&mut random.fork(7));
-        let encoding = encoder_plan(&mut random.fork(8), &config);
+        let mut encoding = encoder_plan(&mut random.fork(8), &config);
         let destination_config = destination_config(&mut random.fork(3), &config);
         let mut link = link(&mut random.fork(4), &config);
         let mut vm = vm_plan(&mut random.fork(5));
@@ -152,9 +156,9 @@ impl Scenario {
         if dice.chance(15) {
             vm.failures = vec![(dice.pick(&CALLS), dice.below(2) as u32)];
         }
-        let long = random.fork(9).chance(8);
         if long {
-            make_long(&mut random.fork(10), &mut link);
+            link.bandwidth.fill(random.fork(10).log_within(400_000..=1_000_000));
+            encoding.buffers = 1;
         }
         let visits = if dice.chance(10) { vec![(dice.micros(1..=50_000), visit(&mut dice))] } else { Vec::new() };
         Self {
@@ -162,11 +166,13 @@ impl Scenario {
             seed,
             filled: if long { 100 } else { dice.pick(&[0, 10, 60, 100]) },
             runs: !dice.chance(5),
-            pattern: pattern(&mut dice, pages),
+            pattern: if long { hot_pattern(&mut dice, pages) } else { pattern(&mut dice, pages) },
             tracking: tracking(&mut dice),
             tears: dice.chance(50),
             knows_populated: dice.chance(80),
             random_policy: dice.chance(30),
+            // Now and then so many that the session has to put an end to it.
+            patience: if dice.chance(4) { u64::MAX } else { dice.log_within(3..=300) },
             layout,
             config,
             encoding,
@@ -213,6 +219,7 @@ impl Scenario {
             encoding: EncoderPlan { longest: Duration::from_micros(200), buffers: 4 },
             destination_config,
             random_policy: false,
+            patience: u64::MAX,
             link: Link {
                 latency: vec![latency],
                 bandwidth: vec![1_000_000_000],
@@ -229,6 +236,8 @@ impl Scenario {
     /// Nothing goes wrong, nothing is tight: it has to succeed.
     pub(crate) fn must_succeed(&self) -> bool {
         let roomy = Duration::from_secs(2);
+        // Around the pause five calls follow each other, and the destination sees nothing of it.
+        let patient = self.destination_config.peer_timeout * WORK_FACTOR;
         self.faults.is_empty()
             && self.vm.failures.is_empty()
             && self.visits.is_empty()
@@ -236,6 +245,7 @@ impl Scenario {
             && self.destination_config.peer_timeout >= roomy
             && self.config.timeout >= Duration::from_secs(600)
             && self.config.on_timeout == OnTimeout::SwitchOver
+            && self.vm.longest_call * 5 <= patient
             && self.canary.is_none()
     }
 }
@@ -255,11 +265,13 @@ const CALLS: [Call; 12] = [
     Call::Commit,
 ];
 
-fn layout(random: &mut Random) -> Layout {
+fn layout(random: &mut Random, large: bool) -> Layout {
     let mut regions = Vec::new();
     let mut address = 0;
-    for index in 0..random.pick(&[0, 1, 1, 1, 2, 3, 5]) {
-        let pages = random.pick(&[0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 300]);
+    let counts: &[u64] = if large { &[2, 3] } else { &[0, 1, 1, 1, 2, 3, 5] };
+    let sizes: &[u64] = if large { &[300, 384] } else { &[0, 1, 2, 63, 64, 65, 127, 128, 129, 200, 300] };
+    for index in 0..random.pick(counts) {
+        let pages = random.pick(sizes);
         let mut region = Region::ram(format!("r{index}"), address, pages * PAGE_SIZE as u64);
         if random.chance(15) {
             region.transfer = Transfer::Skip;
@@ -283,6 +295,12 @@ fn pattern(random: &mut Random, pages: u64) -> Pattern {
         gives_back: random.chance(40),
         mix: random.pick(&[Mix::New, Mix::Moves, Mix::Moves, Mix::Flips, Mix::Touches, Mix::All, Mix::All]),
     }
+}
+
+/// A few pages that are written all the time.
+fn hot_pattern(random: &mut Random, pages: u64) -> Pattern {
+    let pattern = pattern(random, pages);
+    Pattern { interval: random.micros(500..=5_000), writes: 3, reach: random.pick(&[4, 20]), ..pattern }
 }
 
 fn tracking(random: &mut Random) -> Tracking {
@@ -352,11 +370,6 @@ fn link(random: &mut Random, config: &SourceConfig) -> Link {
     Link { latency, bandwidth, jitter: random.micros(1..=5_000), capacity: random.log_within(4_096..=4 << 20) }
 }
 
-/// A link on which a round takes so long that the dirty bits are looked at in the middle of it.
-fn make_long(random: &mut Random, link: &mut Link) {
-    link.bandwidth.fill(random.log_within(400_000..=1_000_000));
-}
-
 fn vm_plan(random: &mut Random) -> VmPlan {
     VmPlan {
         // Some take longer than the peer may be silent.
@@ -384,6 +397,8 @@ fn fault(random: &mut Random, config: &SourceConfig) -> (Trigger, Fault) {
         _ => Fault::DowntimeLimit(random.micros(100..=3_000_000)),
     };
     let trigger = match random.below(10) {
+        // A round is abandoned in its middle.
+        0..=5 if fault == Fault::SwitchOver => Trigger::Sent(Which::Kind(Kind::Pages, random.below(20))),
         0 if !fault.damages_frame() => Trigger::At(random.micros(10..=3_000_000)),
         1..=4 if !fault.damages_frame() => Trigger::Arrived(which(random, config)),
         _ => Trigger::Sent(which(random, config)),

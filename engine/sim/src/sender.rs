@@ -28,9 +28,9 @@ pub(crate) enum Said {
 #[derive(Default)]
 pub(crate) struct Shared {
     /// Encoded batches that wait for a lane.
-    pub(crate) ready: VecDeque<Box<EncodedBatch>>,
+    pub(crate) ready: VecDeque<EncodedBatch>,
     /// Buffers that wait for a batch: there are only so many.
-    pub(crate) free: Vec<Box<EncodedBatch>>,
+    pub(crate) free: Vec<EncodedBatch>,
     /// Bytes per second over all lanes.
     pub(crate) bandwidth: Option<u64>,
     pub(crate) paid_until: Duration,
@@ -56,6 +56,7 @@ enum Frame {
 }
 
 /// A sending thread.
+#[allow(clippy::struct_excessive_bools, reason = "each is a fact of its own")]
 pub(crate) struct Sender {
     host: HostId,
     index: usize,
@@ -71,7 +72,7 @@ pub(crate) struct Sender {
     ending: Option<u32>,
     carries_pages: bool,
     /// The batch that it sends.
-    batch: Option<Box<EncodedBatch>>,
+    batch: Option<EncodedBatch>,
     scheduled: bool,
     idle_since: u64,
 }
@@ -109,6 +110,11 @@ impl Sender {
 
     pub(crate) fn is_blocked(&self) -> bool {
         matches!(self.state, State::Blocked(_))
+    }
+
+    /// Its lane is broken, or all has been sent.
+    pub(crate) fn is_gone(&self) -> bool {
+        matches!(self.state, State::Gone)
     }
 
     pub(crate) fn carries_pages(&self) -> bool {

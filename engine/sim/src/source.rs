@@ -18,7 +18,7 @@ use pageferry::batch::{Batch, Planner};
 use pageferry::config::EncodeConfig;
 use pageferry::digest::{Digest, DigestKey, HashTable, PageHasher};
 use pageferry::dirty::Accumulator;
-use pageferry::encode::Tally;
+use pageferry::encode::{EncodedBatch, Tally};
 use pageferry::limits::FAREWELL;
 use pageferry::memory::GuestMemory;
 use pageferry::session::{Outcome, SourceAction, SourceInput, SourceSession, SourceSetup};
@@ -208,7 +208,7 @@ impl SourceHost {
             tracker: Tracker(Arc::clone(&parts.guest)),
             shared: Shared {
                 bandwidth: parts.bandwidth,
-                free: (0..parts.encoding.buffers).map(|_| Box::default()).collect(),
+                free: (0..parts.encoding.buffers).map(|_| EncodedBatch::default()).collect(),
                 ..Shared::default()
             },
             encode: parts.encode,
@@ -450,7 +450,9 @@ impl SourceHost {
         for sender in &mut self.senders {
             sender.close_orders(ctx);
         }
-        let Some(control) = self.control else { return self.close(ctx) };
+        let Some(control) = self.control.filter(|control| !self.senders[*control].is_gone()) else {
+            return self.close(ctx);
+        };
         self.senders[control].close_messages(ctx);
         ctx.clock.after(FAREWELL, Event::Farewell(self.id));
         self.turn_soon(ctx);

@@ -399,6 +399,7 @@ fn new_source(
 ) -> SourceHost {
     let policy: Box<dyn Convergence> =
         if scenario.random_policy { Box::new(Whim(random.fork(1))) } else { Box::new(Adaptive::default()) };
+    let policy = Box::new(Patience { policy, left: scenario.patience });
     let setup = setup(config, guest, &mut random, scenario.vm.state_len, policy);
     SourceHost::new(SourceParts {
         session_id: setup.session,
@@ -433,6 +434,19 @@ fn source_parts(scenario: &Scenario, guest: &SharedGuest, id: HostId, random: Ra
         vm: VmPlan::clone(&scenario.vm),
         random,
         canary: scenario.canary,
+    }
+}
+
+/// A policy that comes to an end.
+struct Patience {
+    policy: Box<dyn Convergence>,
+    left: u64,
+}
+
+impl Convergence for Patience {
+    fn decide(&mut self, round: &RoundReport, situation: &Situation) -> Decision {
+        self.left = self.left.saturating_sub(1);
+        if self.left == 0 { Decision::SwitchOver } else { self.policy.decide(round, situation) }
     }
 }
 

@@ -24,13 +24,14 @@ fn describe(failure: &Failure) -> String {
 }
 
 #[test]
-fn no_seed_breaks_a_rule_and_every_ending_is_reached() {
+fn no_seed_breaks_a_rule_and_every_ending_and_every_coding_is_met() {
     let statistics = run_seeds(0, 200, |_| {});
     assert_passed(&statistics);
     assert_eq!(statistics.runs, 200);
     for ending in ENDINGS {
         assert!(statistics.ended(ending) > 0, "no run ended: {ending}");
     }
+    assert_eq!(statistics.unmet(), Vec::<&str>::new(), "hardly met: {:?}", statistics.codings);
 }
 
 #[test]

@@ -11,15 +11,15 @@
 //! The masks stand together, before the words: whatever compresses the delta further finds like beside
 //! like. Where the processor has AVX2, it is used.
 
-#[cfg(target_arch = "x86_64")]
-mod avx2;
 mod portable;
 #[cfg(test)]
 mod tests;
-
 #[cfg(target_arch = "x86_64")]
-use avx2::Avx2;
+mod x86_64;
+
 use portable::Portable;
+#[cfg(target_arch = "x86_64")]
+use x86_64::Avx2;
 
 pub use crate::limits::MAX_DELTA;
 use crate::units::PAGE_SIZE;
@@ -73,6 +73,15 @@ pub fn encode(base: &[u8; PAGE_SIZE], new: &[u8; PAGE_SIZE], out: &mut Vec<u8>) 
         return encode_with(avx2, base, new, out);
     }
     encode_with(Portable, base, new, out)
+}
+
+/// Begins to fetch a page that [`encode`] or [`apply`] needs soon: best called one page ahead. Changes
+/// nothing but the time that they take.
+pub fn prefetch(page: &[u8; PAGE_SIZE]) {
+    #[cfg(target_arch = "x86_64")]
+    x86_64::prefetch(page);
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = page;
 }
 
 /// Applies the delta at the front of `delta` to a page in place, and returns how many bytes the delta

@@ -6,10 +6,12 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, Sender, select_biased};
 
+use super::Counters;
 use super::lane::NumberedSender;
 use super::pace::Pacer;
-use super::{Counters, source::SourceEvent};
-use crate::encode::{EncodedBatch, LevelChooser};
+use super::source::{Parcel, SourceEvent, Work};
+use crate::batch::Batch;
+use crate::encode::{EncodedBatch, Encoder, LevelChooser};
 use crate::error::Error;
 use crate::limits::HEARTBEAT;
 use crate::wire::Message;
@@ -20,7 +22,7 @@ pub(super) struct EndStep(pub(super) u32);
 
 /// What a lane that carries pages works with.
 pub(super) struct PageDuty {
-    pub(super) batches: Receiver<Box<EncodedBatch>>,
+    pub(super) batches: Receiver<Parcel>,
     /// Where sent batches go back to.
     pub(super) free: Sender<Box<EncodedBatch>>,
     pub(super) orders: Receiver<EndStep>,
@@ -39,8 +41,8 @@ pub(super) fn run_data_lane(mut lane: NumberedSender, duty: PageDuty) {
                 Ok(order) => pages.end_step(&mut lane, order),
                 Err(_) => return,
             },
-            recv(batches) -> batch => match batch {
-                Ok(batch) => pages.send(&mut lane, batch),
+            recv(batches) -> parcel => match parcel {
+                Ok(parcel) => pages.send_parcel(&mut lane, parcel),
                 Err(_) => return,
             },
         };
@@ -74,8 +76,8 @@ pub(super) fn run_control_lane(
                 // No pages any more; messages may still come.
                 _ => orders = crossbeam_channel::never(),
             },
-            recv(batches) -> batch => match (batch, &mut pages) {
-                (Ok(batch), Some(pages)) => pages.send(&mut lane, batch)?,
+            recv(batches) -> parcel => match (parcel, &mut pages) {
+                (Ok(parcel), Some(pages)) => pages.send_parcel(&mut lane, parcel)?,
                 _ => batches = crossbeam_channel::never(),
             },
             default(HEARTBEAT) => {
@@ -86,24 +88,69 @@ pub(super) fn run_control_lane(
     }
 }
 
-/// Sends encoded batches, and measures how the link takes them.
+/// Sends batches, and measures how the link takes them.
 struct PageSender {
     duty: PageDuty,
     idle_since: Instant,
+    /// For batches that this lane encodes itself, always into the same buffer: it stays in the cache.
+    encoder: Option<Encoder>,
+    own: EncodedBatch,
 }
 
 impl PageSender {
     fn new(duty: PageDuty) -> Self {
-        Self { duty, idle_since: Instant::now() }
+        let mut sender = Self { duty, idle_since: Instant::now(), encoder: None, own: EncodedBatch::default() };
+        sender.rest();
+        sender
     }
 
-    fn send(&mut self, lane: &mut NumberedSender, mut batch: Box<EncodedBatch>) -> Result<(), Error> {
+    /// Until the next step there is nothing to send: that is no idleness.
+    fn rest(&mut self) {
+        self.idle_since = Instant::now() + Duration::from_secs(3600);
+    }
+
+    fn send_parcel(&mut self, lane: &mut NumberedSender, parcel: Parcel) -> Result<(), Error> {
+        match parcel {
+            Parcel::Encoded(mut batch) => {
+                self.send(lane, &mut batch)?;
+                // There is room for all batches: this never waits.
+                let _ = self.duty.free.send(batch);
+                Ok(())
+            }
+            Parcel::Plain(batch, permission, work) => {
+                let event = self.encode_and_send(lane, &batch, &work)?;
+                let _ = self.duty.free.send(permission);
+                let _ = self.duty.events.send(event);
+                Ok(())
+            }
+        }
+    }
+
+    fn encode_and_send(
+        &mut self,
+        lane: &mut NumberedSender,
+        batch: &Batch,
+        work: &Arc<Work>,
+    ) -> Result<SourceEvent, Error> {
+        let encoder = self.encoder.get_or_insert_with(|| work.encoder());
+        let mut own = std::mem::take(&mut self.own);
+        let encoded = match work.encode(encoder, batch, &mut own) {
+            Ok(encoded) => encoded,
+            // What is wrong with our own memory is no lane's fault.
+            Err(error) => return Ok(SourceEvent::EncodingFailed(error.into())),
+        };
+        if !own.is_empty() {
+            self.send(lane, &mut own)?;
+        }
+        self.own = own;
+        Ok(SourceEvent::Encoded(encoded))
+    }
+
+    fn send(&mut self, lane: &mut NumberedSender, batch: &mut EncodedBatch) -> Result<(), Error> {
         let began = Instant::now();
         let tally = *batch.tally();
         self.duty.pacer.take(tally.wire_bytes);
         lane.send_parts(&mut batch.seal(lane.sequence), tally.wire_bytes)?;
-        // There is room for all batches: this never waits.
-        let _ = self.duty.free.send(batch);
         Counters::add(&lane.counters.pages, tally.pages);
         let ended = Instant::now();
         self.duty.chooser.sent(tally.wire_bytes, ended - began, began.saturating_duration_since(self.idle_since));
@@ -114,13 +161,12 @@ impl PageSender {
     /// All batches of the step are in the channel or with other lanes, which finish theirs before they
     /// end the step too.
     fn end_step(&mut self, lane: &mut NumberedSender, order: EndStep) -> Result<(), Error> {
-        while let Ok(batch) = self.duty.batches.try_recv() {
-            self.send(lane, batch)?;
+        while let Ok(parcel) = self.duty.batches.try_recv() {
+            self.send_parcel(lane, parcel)?;
         }
         lane.send_message(&Message::StepEnd { step: order.0 })?;
         let _ = self.duty.events.send(SourceEvent::LaneFlushed);
-        // Until the next step there is nothing to send: that is no idleness.
-        self.idle_since = Instant::now() + Duration::from_secs(3600);
+        self.rest();
         Ok(())
     }
 }

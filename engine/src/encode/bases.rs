@@ -5,6 +5,7 @@
 //! it was sent again, and if all are like that, a new one is not taken in: a working set larger than
 //! the cache gets deltas for a part of it rather than for nothing.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::digest::PageHash;
@@ -29,6 +30,8 @@ type Page = [u8; PAGE_SIZE];
 pub struct Bases {
     shards: Vec<Mutex<Shard>>,
     sets: u64,
+    /// Whether a page was ever taken in: until then nobody needs to look.
+    used: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -64,16 +67,21 @@ impl Bases {
     /// A cache of at most so many bytes of pages; 0 for none. Memory is taken as pages come.
     pub fn new(bytes: u64) -> Self {
         let sets = bytes / PAGE_SIZE as u64 / (SHARDS * WAYS as u64);
-        Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), sets }
+        Self { shards: (0..SHARDS).map(|_| Mutex::default()).collect(), sets, used: AtomicBool::new(false) }
     }
 
-    /// The part of the cache in which a page and its neighbours lie.
-    pub(super) fn near(&self, page: PageNumber) -> Option<Near<'_>> {
+    /// The part of the cache in which a page and its neighbours lie; `None` if there is nothing to find
+    /// there, and nothing is to be taken in either.
+    pub(super) fn near(&self, page: PageNumber, takes_in: bool) -> Option<Near<'_>> {
+        if !takes_in && !self.used.load(Ordering::Relaxed) {
+            return None;
+        }
         let stretch = page.0 / STRETCH;
         let shard = self.shards.get((stretch % SHARDS) as usize).filter(|_| self.sets > 0)?;
         let mut shard = shard.lock().unwrap_or_else(PoisonError::into_inner);
         if shard.entries.is_empty() {
             shard.entries.resize(self.sets as usize * WAYS, Entry::default());
+            self.used.store(true, Ordering::Relaxed);
         }
         Some(Near { shard, stretch, sets: self.sets })
     }
@@ -180,11 +188,11 @@ mod tests {
 
     fn store(bases: &Bases, page: u64) {
         let bytes = [page as u8; PAGE_SIZE];
-        bases.near(PageNumber(page)).unwrap().store(PageNumber(page), PageHash(page.into()), &bytes, true);
+        bases.near(PageNumber(page), true).unwrap().store(PageNumber(page), PageHash(page.into()), &bytes, true);
     }
 
     fn holds(bases: &Bases, page: u64) -> bool {
-        let mut near = bases.near(PageNumber(page)).unwrap();
+        let mut near = bases.near(PageNumber(page), true).unwrap();
         let base = near.base(PageNumber(page), PageHash(page.into()));
         base.is_some_and(|base| *base == [page as u8; PAGE_SIZE])
     }
@@ -232,7 +240,7 @@ mod tests {
     fn a_base_is_given_only_for_the_content_that_was_sent() {
         let bases = Bases::new(MIB * 4);
         store(&bases, 9);
-        let mut near = bases.near(PageNumber(9)).unwrap();
+        let mut near = bases.near(PageNumber(9), true).unwrap();
         assert!(near.base(PageNumber(9), PageHash(10)).is_none());
         near.store(PageNumber(9), PageHash(10), &[1; PAGE_SIZE], false);
         assert!(near.base(PageNumber(9), PageHash(9)).is_none());
@@ -250,7 +258,7 @@ mod tests {
             }
             bases.note_dirty(|_| true);
             for page in 0..128 * 256 {
-                bases.near(PageNumber(page)).unwrap().settle(PageNumber(page), goes_on);
+                bases.near(PageNumber(page), true).unwrap().settle(PageNumber(page), goes_on);
             }
             for page in 1_000_000..1_000_000 + 128 * 256 {
                 store(&bases, page);
@@ -274,7 +282,7 @@ mod tests {
 
     #[test]
     fn a_cache_of_nothing_holds_nothing() {
-        assert!(Bases::new(0).near(PageNumber(1)).is_none());
-        assert!(Bases::new(MIB - 1).near(PageNumber(1)).is_none(), "less than a set in every shard");
+        assert!(Bases::new(0).near(PageNumber(1), true).is_none());
+        assert!(Bases::new(MIB - 1).near(PageNumber(1), true).is_none(), "less than a set in every shard");
     }
 }

@@ -5,9 +5,11 @@
 //! packing leaves of it, `link` the lanes' time per byte sent. The level with the least of that wins: raw
 //! where the link outruns the encoders, stronger the slower the link is.
 //!
-//! The lanes' time per byte says something about the link only while they have no lack of batches. What a
-//! level would bring is learned by using it, and by packing a batch now and then at a neighbouring level
-//! as well.
+//! The lanes' time per byte says something about the link only while they have no lack of batches: what is
+//! sent now and then only fills buffers, on any link. So while the encoders are what everything waits for, the link is
+//! taken to be a little faster all the time, until packing less shows how fast it is; each time that was in
+//! vain the next attempt comes later. What a level would bring is learned by using it, and by packing a batch
+//! now and then at a neighbouring level as well.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -41,8 +43,14 @@ const WEIGHT: f64 = 0.25;
 /// Lanes that are busy for this share of the time are what the migration waits for.
 const SATURATED: f64 = 0.85;
 
-/// How much faster the link is taken to be after each batch that did not have to wait for it.
-const LINK_DRIFT: f64 = 0.99;
+/// The time, in seconds, over which it is judged whether the lanes are busy.
+const WINDOW: f64 = 0.02;
+
+/// Seconds in which an unused link is taken to have become faster by a factor of e: at first, and at most.
+const LINK_DRIFT: (f64, f64) = (0.15, 10.0);
+
+/// A link that turns out to be at least this much of what it was before the drift has not changed.
+const UNCHANGED: f64 = 0.7;
 
 /// A level must be better by this to replace the present one; and of two that differ by less the
 /// cheaper is taken.
@@ -57,16 +65,34 @@ const TRIAL_COST: f64 = 4.0;
 /// The best that packing is hoped to leave of a payload when nothing is known.
 const HOPE: f64 = 0.25;
 
+/// Time per byte sent from which on pages enter the cache of bases in the first round: 2.6 Gbps. Copying
+/// them, into memory that the host has to find first, takes up to 1 ns a byte; on a faster link that is
+/// more than what the few pages cost which the guest writes again meanwhile.
+const ADMISSION_NS: f64 = 3.0;
+
+/// Time per byte sent from which on duplicates are looked for: 8 Gbps. The look into the index is a miss in
+/// cache and page tables, some 0.1 ns a byte (`benches/NOTES.md`), and most pages are no duplicates.
+const SEEK_NS: f64 = 1.0;
+
 /// How a batch is to be encoded.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Default)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Choice {
     /// How hard to pack.
     pub level: Level,
     /// Whether pages that are sent for the first time may enter the cache of delta bases: it costs a
     /// copy, which pays only if the round takes long enough for the guest to write them again.
     pub admits: bool,
+    /// Whether duplicates are looked for: on a link as fast as memory, looking takes longer than sending.
+    pub seeks: bool,
     /// A level to try on the same payload.
     pub trial: Option<Level>,
+}
+
+impl Default for Choice {
+    /// Everything but packing.
+    fn default() -> Self {
+        Self { level: Level::Raw, admits: true, seeks: true, trial: None }
+    }
 }
 
 /// What a trial has brought.
@@ -98,6 +124,9 @@ struct State {
     pack_ns: [f64; LADDER.len()],
     relative: [f64; LADDER.len()],
     link_ns: f64,
+    /// What `link_ns` was when the lanes began to lack batches.
+    link_ns_before: Option<f64>,
+    drift: f64,
     busy: f64,
     idle: f64,
     until_trial: u32,
@@ -120,6 +149,8 @@ impl LevelChooser {
             pack_ns: LADDER.map(|(_, ns, _)| ns),
             relative: LADDER.map(|(_, _, relative)| relative),
             link_ns: LINK_NS,
+            link_ns_before: None,
+            drift: LINK_DRIFT.0,
             busy: 0.0,
             idle: 0.0,
             until_trial: 0,
@@ -129,16 +160,28 @@ impl LevelChooser {
         Self { fixed, encoders: encoders.max(1).into(), lanes: lanes.max(1).into(), state: Mutex::new(state) }
     }
 
-    /// How the next batch is to be encoded.
-    pub fn choose(&self) -> Choice {
+    /// How the next batch is to be encoded, when so many wait for a lane.
+    pub fn choose(&self, waiting: usize) -> Choice {
         let mut state = self.lock();
-        let admits = state.is_saturated() && state.link_ns / self.lanes > state.scan_ns / self.encoders * 2.0;
+        let admits = state.link_ns / self.lanes > ADMISSION_NS;
+        let slow = state.link_ns / self.lanes > SEEK_NS;
         if let Some(level) = self.fixed {
-            return Choice { level, admits, trial: None };
+            let seeks = slow || level != Level::Raw;
+            return Choice { level, admits, seeks, trial: None };
         }
         state.settle(self.encoders, self.lanes);
         let trial = state.trial(self.encoders, self.lanes);
-        Choice { level: LADDER[state.rung].0, admits, trial: trial.map(|rung| LADDER[rung].0) }
+        // Beside packing, looking is nothing.
+        let seeks = slow || state.rung > 0;
+        let rung = state.rung_for_now(waiting, self.encoders, self.lanes);
+        Choice { level: LADDER[rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
+    }
+
+    /// Whether encoding is so little work, beside sending, that who sends a batch had better encode it too.
+    pub fn leaves_it_to_lanes(&self) -> bool {
+        let state = self.lock();
+        let raw = self.fixed.map_or(state.rung == 0, |level| level == Level::Raw);
+        raw && state.link_ns / self.lanes <= SEEK_NS
     }
 
     /// A batch was encoded: its payload, what came out, and what scanning and packing took.
@@ -179,18 +222,11 @@ impl LevelChooser {
     pub fn sent(&self, bytes: u64, busy: Duration, idle: Duration) {
         let mut state = self.lock();
         let (busy, idle) = (busy.as_secs_f64(), idle.as_secs_f64());
-        // The last quarter of a second or so, whatever the size of frames.
-        let fade = (-(busy + idle) / 0.25).exp();
+        let fade = (-(busy + idle) / WINDOW).exp();
         state.busy = state.busy * fade + busy;
         state.idle = state.idle * fade + idle;
-        if bytes < 4096 {
-            return;
-        }
-        let ns = busy * 1e9 / bytes as f64;
-        if state.is_saturated() {
-            blend(&mut state.link_ns, ns, weight(bytes as usize * 2));
-        } else {
-            state.link_ns = (state.link_ns * LINK_DRIFT).max(ns.min(state.link_ns));
+        if bytes >= 4096 {
+            state.learn_link(busy * 1e9 / bytes as f64, bytes, busy + idle);
         }
     }
 
@@ -202,6 +238,23 @@ impl LevelChooser {
 impl State {
     fn is_saturated(&self) -> bool {
         self.busy > SATURATED * (self.busy + self.idle)
+    }
+
+    /// Some bytes took so many nanoseconds each; `seconds` have passed since the last were sent.
+    fn learn_link(&mut self, ns: f64, bytes: u64, seconds: f64) {
+        if self.is_saturated() {
+            // A slow link shows itself; a fast one could be a buffer that was empty.
+            let weight = if ns > self.link_ns { 0.5 } else { weight(bytes as usize * 2) };
+            blend(&mut self.link_ns, ns, weight);
+            if self.link_ns_before.is_some_and(|before| self.link_ns > before * UNCHANGED) {
+                self.link_ns_before = None;
+                self.drift = (self.drift * 2.0).min(LINK_DRIFT.1);
+            }
+        } else {
+            self.link_ns_before.get_or_insert(self.link_ns);
+            let faster = self.link_ns * (-seconds / self.drift).exp();
+            self.link_ns = faster.max(ns.min(self.link_ns));
+        }
     }
 
     fn ratio_at(&self, rung: usize) -> f64 {
@@ -230,6 +283,14 @@ impl State {
                 self.until_trial = self.until_trial.min(TRIAL_EVERY.0);
             }
         }
+    }
+
+    /// The rung for one batch: the next easier one while lanes lack batches and encoding is the longer part.
+    /// Two levels in turn keep both link and encoders busy where each alone would leave one idle.
+    fn rung_for_now(&self, waiting: usize, encoders: f64, lanes: f64) -> usize {
+        let sending = self.ratio_at(self.rung) * self.link_ns / lanes;
+        let lacking = waiting == 0 && self.encode_time(self.rung, encoders) > sending;
+        if lacking { self.rung.saturating_sub(1) } else { self.rung }
     }
 
     /// A neighbouring rung, if it is time to look at one and it could be better.
@@ -279,20 +340,25 @@ mod tests {
 
     const BATCH: usize = 512 << 10;
 
-    /// A link and an encoder as the chooser sees them, batch by batch; returns the levels used.
+    /// A link and an encoder as the chooser sees them, batch by batch. The link has a buffer: what is sent now
+    /// and then leaves as fast as it can be copied there.
     struct World {
         chooser: LevelChooser,
         link_ns: f64,
         /// Of level 1.
         ratio: f64,
         encoder_free: f64,
-        link_free: f64,
+        /// When the last batches have left the lane.
+        sent: Vec<f64>,
+        wire_free: f64,
     }
+
+    const BUFFER: f64 = 262_144.0;
 
     impl World {
         fn new(link_ns: f64, ratio: f64) -> Self {
             let chooser = LevelChooser::new(Compress::Auto, 1, 1);
-            Self { chooser, link_ns, ratio, encoder_free: 0.0, link_free: 0.0 }
+            Self { chooser, link_ns, ratio, encoder_free: 0.0, sent: vec![0.0; 4], wire_free: 0.0 }
         }
 
         fn costs(level: Level) -> (f64, f64) {
@@ -309,7 +375,9 @@ mod tests {
         }
 
         fn batch(&mut self) -> Level {
-            let choice = self.chooser.choose();
+            let next = self.encoder_free.max(self.sent[self.sent.len() - 4]);
+            let waiting = usize::from(self.sent[self.sent.len() - 1] > next);
+            let choice = self.chooser.choose(waiting);
             let outcome = |level: Level| {
                 let (ns, relative) = Self::costs(level);
                 let ratio = if level == Level::Raw { 1.0 } else { (self.ratio * relative).min(1.0) };
@@ -317,8 +385,8 @@ mod tests {
             };
             let (pack, packed) = outcome(choice.level);
             let scan = 0.25 * BATCH as f64;
-            // At most four batches wait.
-            let begin = self.encoder_free.max(self.link_free - 4.0 * BATCH as f64 * self.link_ns * self.ratio);
+            // At most four batches are at work or wait.
+            let begin = self.encoder_free.max(self.sent[self.sent.len() - 4]);
             self.encoder_free = begin + scan + pack;
             let ns = |ns: f64| Duration::from_nanos(ns as u64);
             self.chooser.encoded(choice.level, BATCH, packed, ns(scan), ns(pack));
@@ -327,19 +395,21 @@ mod tests {
                 self.encoder_free += time;
                 self.chooser.tried(choice.level, BATCH, packed, Trial { level, packed: tried, time: ns(time) });
             }
-            let idle = (self.encoder_free - self.link_free).max(0.0);
-            let busy = packed as f64 * self.link_ns;
-            self.link_free = self.link_free.max(self.encoder_free) + busy;
-            self.chooser.sent(packed as u64, ns(busy), ns(idle));
+            let lane_free = self.sent[self.sent.len() - 1];
+            let start = lane_free.max(self.encoder_free);
+            self.wire_free = self.wire_free.max(start) + packed as f64 * self.link_ns;
+            let end = (start + packed as f64 * 0.2).max(self.wire_free - BUFFER * self.link_ns);
+            self.sent.push(end);
+            self.chooser.sent(packed as u64, ns(end - start), ns(start - lane_free));
             choice.level
         }
 
         fn run(&mut self, batches: usize) -> f64 {
-            let began = self.link_free;
+            let began = self.wire_free;
             for _ in 0..batches {
                 self.batch();
             }
-            (self.link_free - began) / batches as f64
+            (self.wire_free - began) / batches as f64
         }
 
         /// Time per batch with one level throughout.
@@ -352,9 +422,19 @@ mod tests {
 
     #[test]
     fn the_chosen_level_is_nearly_as_good_as_the_best_fixed_one_on_any_link() {
-        for (link_ns, ratio) in
-            [(0.3, 0.4), (1.0, 0.4), (8.0, 0.45), (8.0, 1.0), (83.0, 0.4), (83.0, 0.7), (166.0, 0.5), (83.0, 1.0)]
-        {
+        for (link_ns, ratio) in [
+            (0.3, 0.4),
+            (1.0, 0.4),
+            (4.0, 0.3),
+            (8.0, 0.2),
+            (8.0, 0.3),
+            (8.0, 0.45),
+            (8.0, 1.0),
+            (83.0, 0.4),
+            (83.0, 0.7),
+            (166.0, 0.5),
+            (83.0, 1.0),
+        ] {
             let mut world = World::new(link_ns, ratio);
             let time = world.run(400);
             let best = LADDER.iter().map(|(level, _, _)| world.fixed(*level)).fold(f64::INFINITY, f64::min);
@@ -385,7 +465,7 @@ mod tests {
         // A link of 10 Mbps, and each level worth what it costs.
         chooser.lock().link_ns = 800.0;
         chooser.lock().relative = std::array::from_fn(|rung| 1.0 - rung as f64 / 20.0);
-        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose()).collect();
+        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose(1)).collect();
         assert!(choices.iter().all(|choice| choice.level == Level::Zstd(15)), "{choices:?}");
         assert!(choices.iter().any(|choice| choice.trial == Some(Level::Zstd(12))));
     }
@@ -393,7 +473,16 @@ mod tests {
     #[test]
     fn a_fixed_choice_stays() {
         let chooser = LevelChooser::new(Compress::Level(99), 1, 1);
-        assert_eq!(chooser.choose().level, Level::Zstd(super::super::MAX_LEVEL));
-        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose().level, Level::Raw);
+        assert_eq!(chooser.choose(1).level, Level::Zstd(super::super::MAX_LEVEL));
+        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose(1).level, Level::Raw);
+    }
+
+    #[test]
+    fn duplicates_are_looked_for_unless_the_link_is_as_fast_as_memory() {
+        for (link_ns, seeks) in [(0.3, false), (8.0, true), (83.0, true)] {
+            let mut world = World::new(link_ns, 0.5);
+            world.run(100);
+            assert_eq!(world.chooser.choose(1).seeks, seeks, "{link_ns} ns a byte");
+        }
     }
 }

@@ -5,13 +5,14 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::digest::PageHash;
 use crate::limits::{DUPLICATE_SLOTS_PER_PAGE, MIN_DUPLICATE_SLOTS};
+use crate::memory::prefetch;
 use crate::units::PageNumber;
 
 /// Slots that one hash may use. A full bucket forgets a page; that costs a page sent twice, no more.
 const BUCKET: usize = 8;
 
-/// Slots per lazily made chunk: 256 KiB.
-const CHUNK_SLOTS: usize = 1 << 15;
+/// Buckets per lazily made chunk: 256 KiB.
+const CHUNK_BUCKETS: usize = 1 << 12;
 
 /// Bits of a page number plus one (`MAX_PAGES` is 2^36); the rest of a slot is the hash's tag.
 const PAGE_BITS: u32 = 37;
@@ -20,22 +21,35 @@ const PAGE_BITS: u32 = 37;
 /// changed since; who uses it compares the full hashes.
 #[derive(Debug)]
 pub struct DuplicateIndex {
-    chunks: Vec<OnceLock<Box<[AtomicU64]>>>,
+    chunks: Vec<OnceLock<Box<[Bucket]>>>,
     buckets: u64,
 }
+
+/// One cache line.
+#[derive(Debug, Default)]
+#[repr(align(64))]
+struct Bucket([AtomicU64; BUCKET]);
 
 impl DuplicateIndex {
     /// An index for so many pages with content, 8 bytes a slot.
     pub fn new(pages: u64) -> Self {
         let slots = (pages * DUPLICATE_SLOTS_PER_PAGE).max(MIN_DUPLICATE_SLOTS);
-        let chunks = slots.div_ceil(CHUNK_SLOTS as u64);
-        Self { chunks: (0..chunks).map(|_| OnceLock::new()).collect(), buckets: chunks * (CHUNK_SLOTS / BUCKET) as u64 }
+        let chunks = slots.div_ceil((CHUNK_BUCKETS * BUCKET) as u64);
+        Self { chunks: (0..chunks).map(|_| OnceLock::new()).collect(), buckets: chunks * CHUNK_BUCKETS as u64 }
+    }
+
+    /// Begins to fetch what [`find`](Self::find) needs for a hash.
+    pub(super) fn prefetch(&self, hash: PageHash) {
+        let (chunk, bucket) = self.bucket(hash);
+        if let Some(bucket) = self.chunks.get(chunk).and_then(OnceLock::get).and_then(|chunk| chunk.get(bucket)) {
+            prefetch(bucket);
+        }
     }
 
     /// A page that had this content once and for which `holds` says that it still has.
     pub fn find(&self, hash: PageHash, mut holds: impl FnMut(PageNumber) -> bool) -> Option<PageNumber> {
-        let (chunk, first) = self.bucket(hash);
-        let slots = self.chunks.get(chunk)?.get()?.get(first..first + BUCKET)?;
+        let (chunk, bucket) = self.bucket(hash);
+        let Bucket(slots) = self.chunks.get(chunk)?.get()?.get(bucket)?;
         slots.iter().find_map(|slot| {
             let value = slot.load(Ordering::Relaxed);
             let page = PageNumber((value & ((1 << PAGE_BITS) - 1)).checked_sub(1)?);
@@ -45,10 +59,10 @@ impl DuplicateIndex {
 
     /// Remembers that a page has this content.
     pub fn insert(&self, hash: PageHash, page: PageNumber) {
-        let (chunk, first) = self.bucket(hash);
+        let (chunk, bucket) = self.bucket(hash);
         let Some(cell) = self.chunks.get(chunk) else { return };
-        let chunk = cell.get_or_init(|| (0..CHUNK_SLOTS).map(|_| AtomicU64::new(0)).collect());
-        let Some(slots) = chunk.get(first..first + BUCKET) else { return };
+        let chunk = cell.get_or_init(|| (0..CHUNK_BUCKETS).map(|_| Bucket::default()).collect());
+        let Some(Bucket(slots)) = chunk.get(bucket) else { return };
         let value = tag(hash) << PAGE_BITS | (page.0 + 1);
         for slot in slots {
             let found = slot.load(Ordering::Relaxed);
@@ -64,8 +78,7 @@ impl DuplicateIndex {
 
     fn bucket(&self, hash: PageHash) -> (usize, usize) {
         let bucket = (u128::from(hash.0 as u64) * u128::from(self.buckets)) >> 64;
-        let slot = bucket as usize * BUCKET;
-        (slot / CHUNK_SLOTS, slot % CHUNK_SLOTS)
+        (bucket as usize / CHUNK_BUCKETS, bucket as usize % CHUNK_BUCKETS)
     }
 }
 

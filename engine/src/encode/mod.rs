@@ -105,7 +105,7 @@ impl Encoder {
         self.pages.clear();
         self.tail.clear();
         match &batch.phase {
-            Phase::Contents => self.encode_contents(batch, choice.admits || batch.round > 0, out)?,
+            Phase::Contents => self.encode_contents(batch, choice, out)?,
             Phase::Copies(deferred) => {
                 self.encode_copies(batch, |page| deferred.contains(page), out)?;
             }
@@ -131,23 +131,28 @@ impl Encoder {
 
     // ---- first step: what changed ----
 
-    fn encode_contents(&mut self, batch: &Batch, admits: bool, out: &mut EncodedBatch) -> Result<(), MemoryError> {
+    fn encode_contents(&mut self, batch: &Batch, choice: Choice, out: &mut EncodedBatch) -> Result<(), MemoryError> {
         let Self { reader, hasher, shared, pages, tail, timed, .. } = self;
-        let mut worker = Worker { shared, hasher, tail, near: None, admits, timed: *timed };
+        let duplicates = shared.duplicates.as_ref().filter(|_| choice.seeks);
+        let admits = choice.admits || batch.round > 0;
+        let round = batch.round;
+        let mut worker = Worker { shared, round, duplicates, tail, near: None, admits, timed: *timed };
+        let mut group = Group::default();
         for run in &batch.runs {
-            // A run ends where its region does; the page numbers may go on all the same.
-            out.record_open = false;
             out.tally.pages += run.count;
             reader.read_run(*run, |page, read| {
-                let Some(buffer) = pages.next_page() else {
+                let Some(buffer) = pages.stage(group.staged) else {
                     return Err(MemoryError::Unsupported("a batch over the limit"));
                 };
-                let zero = read(buffer)?;
-                if worker.encode_page(page, zero, buffer, batch.round, out) == Kept::Literal {
-                    pages.keep();
+                let hash = (!read(buffer)?).then(|| hasher.hash(buffer));
+                if group.add(page, hash, duplicates) {
+                    group.encode(&mut worker, pages, out);
                 }
                 Ok(())
             })?;
+            group.encode(&mut worker, pages, out);
+            // A run ends where its region does; the page numbers may go on all the same.
+            out.record_open = false;
         }
         Ok(())
     }
@@ -184,7 +189,7 @@ impl Encoder {
                     expected = Some(PageNumber(from.0 + 1));
                     return Ok(());
                 }
-                let Some(buffer) = pages.next_page() else {
+                let Some(buffer) = pages.stage(0) else {
                     return Err(MemoryError::Unsupported("a batch over the limit"));
                 };
                 if read(buffer)? {
@@ -195,7 +200,7 @@ impl Encoder {
                     let hash = hasher.hash(buffer);
                     out.tally.stages.literal_pages += 1;
                     out.note(page, Coding::Literal, hash, table.swap(page, hash));
-                    pages.keep();
+                    pages.keep(pages.len(), 0);
                 }
                 Ok(())
             })?;
@@ -239,10 +244,56 @@ enum Kept {
     Elsewhere,
 }
 
+/// Pages that were read and hashed and are decided about together: meanwhile the index of duplicates is
+/// fetched for all of them, which otherwise is a cache miss a page.
+#[derive(Default)]
+struct Group {
+    /// Pages, and the hashes of those that are not zero.
+    pages: [(PageNumber, Option<PageHash>); GROUP],
+    len: usize,
+    /// Of them, not zero: these lie staged in the payload.
+    staged: usize,
+}
+
+/// Enough to hide a cache miss; few enough that the pages stay in the first-level cache's reach.
+const GROUP: usize = 8;
+
+impl Group {
+    /// Adds a page; `true` when the group is full.
+    fn add(&mut self, page: PageNumber, hash: Option<PageHash>, index: Option<&DuplicateIndex>) -> bool {
+        if let (Some(hash), Some(index)) = (hash, index) {
+            index.prefetch(hash);
+        }
+        self.pages[self.len] = (page, hash);
+        self.len += 1;
+        self.staged += usize::from(hash.is_some());
+        self.len == GROUP
+    }
+
+    /// Decides about the pages of the group, and empties it.
+    fn encode(&mut self, worker: &mut Worker<'_>, payload: &mut PageBuffer, out: &mut EncodedBatch) {
+        let (len, mut index) = (payload.len(), 0);
+        for (page, hash) in self.pages[..self.len].iter().copied() {
+            let Some(hash) = hash else {
+                worker.encode_zero(page, out);
+                continue;
+            };
+            let kept = payload.staged(len, index).map(|bytes| worker.encode_page(page, hash, bytes, out));
+            if kept == Some(Kept::Literal) {
+                payload.keep(len, index);
+            }
+            index += 1;
+        }
+        (self.len, self.staged) = (0, 0);
+    }
+}
+
 /// Encodes the pages of one batch.
 struct Worker<'a> {
     shared: &'a Shared,
-    hasher: &'a PageHasher,
+    round: u32,
+    /// Where to look for duplicates, if at all.
+    duplicates: Option<&'a DuplicateIndex>,
     tail: &'a mut Vec<u8>,
     near: Option<Near<'a>>,
     /// Whether pages may enter the cache of bases.
@@ -251,38 +302,37 @@ struct Worker<'a> {
 }
 
 impl Worker<'_> {
-    /// Decides about one page, cheapest first. `bytes` is the private copy; undefined for a zero page.
+    fn encode_zero(&mut self, page: PageNumber, out: &mut EncodedBatch) {
+        self.settle(page, false);
+        let Shared { table, .. } = self.shared;
+        // In the first round the record says that the page was looked at.
+        if self.round > 0 && table.load(page) == PageHash::ZERO {
+            out.tally.stages.unchanged_pages += 1;
+            return;
+        }
+        out.tally.stages.zero_pages += 1;
+        out.tally.zero_pages += 1;
+        out.note(page, Coding::Zero, PageHash::ZERO, table.swap(page, PageHash::ZERO));
+    }
+
+    /// Decides about a page that is not zero, cheapest first. `bytes` is the private copy.
     fn encode_page(
         &mut self,
         page: PageNumber,
-        zero: bool,
+        hash: PageHash,
         bytes: &[u8; PAGE_SIZE],
-        round: u32,
         out: &mut EncodedBatch,
     ) -> Kept {
-        let table = &self.shared.table;
+        let Shared { table, .. } = self.shared;
         let before = table.load(page);
         let stages = &mut out.tally.stages;
-        if zero {
-            self.settle(page, false, round);
-            // In the first round the record says that the page was looked at.
-            if before == PageHash::ZERO && round > 0 {
-                stages.unchanged_pages += 1;
-                return Kept::Elsewhere;
-            }
-            stages.zero_pages += 1;
-            out.tally.zero_pages += 1;
-            out.note(page, Coding::Zero, PageHash::ZERO, table.swap(page, PageHash::ZERO));
-            return Kept::Elsewhere;
-        }
-        let hash = self.hasher.hash(bytes);
         if hash == before {
-            self.settle(page, true, round);
+            self.settle(page, true);
             stages.unchanged_pages += 1;
             return Kept::Elsewhere;
         }
         if let Some(word) = repeated_word(bytes) {
-            self.settle(page, false, round);
+            self.settle(page, false);
             stages.pattern_pages += 1;
             self.tail.extend_from_slice(&word.to_le_bytes());
             out.note(page, Coding::Pattern, hash, table.swap(page, hash));
@@ -294,7 +344,7 @@ impl Worker<'_> {
             return Kept::Elsewhere;
         }
         let holds = |other: PageNumber| other != page && table.load(other) == hash;
-        if self.shared.duplicates.as_ref().is_some_and(|index| index.find(hash, holds).is_some()) {
+        if self.duplicates.is_some_and(|index| index.find(hash, holds).is_some()) {
             out.tally.digest.replace(page, table.swap(page, hash), hash);
             out.defer(page);
             self.remember(page, hash, bytes, false);
@@ -335,14 +385,14 @@ impl Worker<'_> {
     }
 
     fn index(&self, hash: PageHash, page: PageNumber) {
-        if let Some(index) = &self.shared.duplicates {
+        if let Some(index) = self.duplicates {
             index.insert(hash, page);
         }
     }
 
     /// The cache of bases need not wait for this page to be sent; in the first round it waits for none.
-    fn settle(&mut self, page: PageNumber, goes_on: bool, round: u32) {
-        if round > 0
+    fn settle(&mut self, page: PageNumber, goes_on: bool) {
+        if self.round > 0
             && let Some(near) = self.near(page)
         {
             near.settle(page, goes_on);
@@ -361,7 +411,7 @@ impl<'a> Worker<'a> {
         if self.near.as_ref().is_none_or(|near| !near.covers(page)) {
             // The old lock is let go first: two at a time could wait for each other.
             self.near = None;
-            self.near = self.shared.bases.near(page);
+            self.near = self.shared.bases.near(page, self.admits);
         }
         self.near.as_mut()
     }

@@ -18,6 +18,12 @@ fn a_bad_argument_ends_with_code_2_and_says_what_would_be_right() {
         ("demo --downtime-limit 300", "300ms"),
         ("demo --bandwidth fast", "100Mbit/s"),
         ("demo --lanes 0", "1..=128"),
+        ("demo --compress best", "auto, off, or a zstd level"),
+        ("demo --compress 20", "1 to 19"),
+        ("demo --compress -8", "-7 (fastest)"),
+        ("demo --encoders 0", "1..=128"),
+        ("demo --encoder-nice 20", "0..=19"),
+        ("demo --delta-cache much", "512M"),
         ("demo --mix zero=50", "not 100"),
         ("demo --max-throttle 100", "0..=99"),
         ("send", "--to"),
@@ -45,6 +51,18 @@ fn help_explains_options_and_exit_codes_with_examples() {
             assert!(help.contains(told), "{command}: no {told:?} in {help}");
         }
         assert_eq!(help.contains("--json"), command != "export", "{help}");
+    }
+}
+
+#[test]
+fn only_the_sides_that_encode_offer_encoding() {
+    let options = ["--compress", "--encoders", "--encoder-nice", "--delta-cache", "--no-duplicates"];
+    for (command, encodes) in [("demo", true), ("send", true), ("receive", false)] {
+        let (_, help, _) = plain(&format!("{command} --help"));
+        assert_eq!(help.contains("\nEncoding:\n"), encodes, "{command}: {help}");
+        for option in options {
+            assert_eq!(help.contains(option), encodes, "{command} {option}: {help}");
+        }
     }
 }
 

@@ -56,13 +56,63 @@ fn the_report_is_complete_and_its_numbers_agree() {
     let total = |field: &str| rounds.iter().map(|round| count(&round[field])).sum::<u64>();
     assert!(rounds.len() >= 2 && rounds.last().unwrap()["stopped"] == true, "{report}");
     assert_eq!(count(&report["pages_total"]), 16384);
-    assert_eq!(count(&report["pages_sent"]) + count(&report["pages_zero"]), total("pages"), "{report}");
+    let unchanged = count(&report["stages"]["unchanged"]["pages"]);
+    assert_eq!(count(&report["pages_sent"]) + count(&report["pages_zero"]) + unchanged, total("pages"), "{report}");
     assert_eq!(count(&report["pages_zero"]), total("zero_pages"), "{report}");
     assert!(count(&report["wire_bytes"]) >= total("wire_bytes"), "{report}");
     for side in ["source", "destination"] {
         assert!(number(&report["cpu_seconds"][side]) > 0.0, "{report}");
+        assert!(number(&report["cpu_seconds_per_gib"][side]) > number(&report["cpu_seconds"][side]), "{report}");
         assert!(number(&report["peak_rss_bytes"][side]) > 1e6, "{report}");
+        let guest = number(&report["peak_rss_bytes"][side]) - number(&report["overhead_rss_bytes"][side]);
+        assert!((1e6..=f64::from(64 << 20)).contains(&guest), "{report}");
     }
+}
+
+const STAGES: [&str; 6] = ["zero", "unchanged", "pattern", "delta", "duplicate", "packing"];
+
+fn saved(stages: &Value, stage: &str) -> u64 {
+    stages[stage]["saved_bytes"].as_u64().unwrap_or_else(|| panic!("no {stage} in {stages}"))
+}
+
+#[test]
+fn the_report_tells_what_each_stage_saved_and_it_adds_up_to_the_guests_memory() {
+    let ended = run(&format!("demo --guest process {SMALL} --compress 1 --encoders 2 --encoder-nice 5"));
+    let report = ended.report();
+    assert_proven(report);
+    let rounds = report["rounds"].as_array().unwrap().iter().map(|round| (&round["stages"], &round["bytes"]));
+    for (stages, bytes) in rounds.chain([(&report["stages"], &report["guest_bytes"])]) {
+        assert_eq!(&stages["guest_bytes"], bytes, "{stages}");
+        let kept_off: u64 = STAGES.iter().map(|stage| saved(stages, stage)).sum();
+        let packed = stages["packed_bytes"].as_u64().unwrap();
+        assert_eq!(kept_off + packed, bytes.as_u64().unwrap(), "{stages}");
+    }
+    let stages = &report["stages"];
+    let frames = number(&stages["packed_bytes"]) + number(&stages["head_bytes"]);
+    assert!(number(&report["wire_bytes"]) > frames && frames > 0.0, "{report}");
+    // The guest's mix: every tenth page is a duplicate, four of ten are text.
+    for stage in ["duplicate", "packing"] {
+        assert!(saved(stages, stage) > 1 << 20, "{stage}: {stages}");
+    }
+    assert!(number(&stages["encoder_ms"]["scan"]) > 0.0 && number(&stages["encoder_ms"]["pack"]) > 0.0, "{stages}");
+}
+
+#[test]
+fn with_all_stages_off_pages_with_content_are_sent_whole() {
+    let off = "--compress off --delta-cache 0 --no-duplicates";
+    let ended = run(&format!("demo --guest process {SMALL} {off}"));
+    let report = ended.report();
+    assert_proven(report);
+    let stages = &report["stages"];
+    for stage in ["delta", "duplicate", "packing"] {
+        assert_eq!(saved(stages, stage), 0, "{stages}");
+    }
+    let pages = |stage: &str| stages[stage]["pages"].as_u64().unwrap();
+    assert_eq!((pages("delta"), pages("duplicate")), (0, 0), "{stages}");
+    let (literal, sent) = (stages["literal_pages"].as_u64().unwrap(), report["pages_sent"].as_u64().unwrap());
+    assert_eq!(literal + pages("pattern"), sent, "{report}");
+    assert_eq!(stages["packed_bytes"], literal * 4096 + pages("pattern") * 8, "{stages}");
+    assert!(literal > 16384 / 2, "{stages}");
 }
 
 #[test]
@@ -90,7 +140,9 @@ fn people_get_tables_the_downtime_and_the_proof_without_colours() {
     let output = program().args(["demo", "--guest", "process"]).args(SMALL.split(' ')).output().unwrap();
     let (text, notes) = (String::from_utf8(output.stdout).unwrap(), String::from_utf8(output.stderr).unwrap());
     assert!(text.ends_with("16384 pages identical, guest self-check OK\n"), "{text}");
-    assert!(text.starts_with("round ") && text.contains("\ndowntime "), "{text}");
+    for part in ["\nstage ", "\nduplicate ", "\n= sent ", "\nencoding ", "\ndowntime ", "\ncost "] {
+        assert!(text.starts_with("round ") && text.contains(part), "no {part:?} in {text}");
+    }
     assert!(notes.contains("process guest: 64 MiB, 2 vCPUs"), "{notes}");
     assert!(!text.contains('\x1b') && !notes.contains('\x1b'));
 }

@@ -2,9 +2,14 @@
 
 use std::fmt;
 
-use crate::movers::{Memory, Moved};
+use crate::movers::{Memory, Moved, QEMU_PREFIX};
 use crate::network::Rate;
 use crate::outcome::{Outcome, median};
+
+const MIB: f64 = (1 << 20) as f64;
+
+const COLUMNS: usize = 7;
+const WIDTHS: [usize; COLUMNS] = [14, 16, 14, 10, 8, 6, 8];
 
 /// What was measured: over which link, which guest, moved by whom.
 #[derive(Clone, PartialEq, Eq, Debug)]
@@ -46,22 +51,36 @@ impl Runs {
         push(&mut self.moves, key, moved);
     }
 
+    fn of(&self, key: &Key) -> &[Moved] {
+        self.moves.iter().find(|(found, _)| found == key).map_or(&[], |(_, moves)| moves)
+    }
+
     /// Median of one number of all runs of a key; NaN if there was none.
-    pub(super) fn median(&self, key: &Key, part: impl Fn(&Moved) -> f64) -> f64 {
-        let found = self.moves.iter().find(|(found, _)| found == key);
-        median(&found.map_or_else(Vec::new, |(_, moves)| moves.iter().map(part).collect()))
+    fn median(&self, key: &Key, part: impl Fn(&Moved) -> f64) -> f64 {
+        median(&self.of(key).iter().map(part).collect::<Vec<_>>())
+    }
+
+    /// The same, but NaN as well if one of ours did not converge; another's counts as it was when it was given up.
+    pub(super) fn converged_median(&self, key: &Key, part: impl Fn(&Moved) -> f64) -> f64 {
+        let all = self.of(key).iter().all(|moved| moved.converged);
+        if all || key.mover.starts_with(QEMU_PREFIX) { self.median(key, part) } else { f64::NAN }
+    }
+
+    /// The most of one number of all runs of a key; NaN if there was none.
+    pub(super) fn most(&self, key: &Key, part: impl Fn(&Moved) -> f64) -> f64 {
+        self.of(key).iter().map(part).fold(f64::NAN, f64::max)
     }
 
     fn goodput(&self, rate: &str) -> f64 {
         self.goodputs.iter().find(|(found, _)| found == rate).map_or(f64::NAN, |(_, values)| median(values))
     }
 
-    /// Median time, divided by what the bytes that were sent take at iperf3's speed.
-    pub(super) fn over_wire_time(&self, key: &Key) -> f64 {
-        self.median(key, seconds) / (self.median(key, wire_bytes) / self.goodput(&key.rate))
+    /// What the bytes that were sent take at iperf3's speed.
+    pub(super) fn wire_seconds(&self, key: &Key) -> f64 {
+        self.median(key, wire_bytes) / self.goodput(&key.rate)
     }
 
-    /// Adds all series and all quotients; `baseline` names the mover that others are divided by.
+    /// Adds all series and all quotients, and a table of them; `baseline` names the mover that others are divided by.
     pub(super) fn summarise(&self, outcome: &mut Outcome, baseline: Option<&str>) {
         for (rate, values) in &self.goodputs {
             let megabits = values.iter().map(|bytes| bytes * 8.0 / 1e6).collect();
@@ -70,8 +89,10 @@ impl Runs {
         for (key, moves) in &self.moves {
             add_series(outcome, key, moves);
         }
+        outcome.table(self.table(baseline));
         for (key, _) in &self.moves {
-            outcome.figure(format!("{key}: time over wire time"), "", self.over_wire_time(key), None);
+            let over = self.median(key, seconds) / self.wire_seconds(key);
+            outcome.figure(format!("{key}: time over wire time"), "", over, None);
             if let Some(base) = self.baseline_of(key, baseline) {
                 let of = |part: fn(&Moved) -> f64| self.median(key, part) / self.median(base, part);
                 outcome.figure(format!("{key}: time, of {}", base.mover), "", of(seconds), None);
@@ -79,6 +100,36 @@ impl Runs {
                 outcome.figure(format!("{key}: CPU, of {}", base.mover), "", of(cpu_seconds), None);
             }
         }
+    }
+
+    /// Medians, and in brackets what they are of the baseline's.
+    fn table(&self, baseline: Option<&str>) -> String {
+        let megabits = |values: &[f64]| median(values) * 8.0 / 1e6;
+        let goodputs =
+            self.goodputs.iter().map(|(rate, values)| format!("  {rate}: iperf3 {:.1} Mbit/s", megabits(values)));
+        let columns = ["time s", "wire MiB", "CPU s", "/wire time", "down ms", "rounds", "slowed %"];
+        let header = line("medians (of the baseline's)", &columns.map(str::to_owned));
+        let rows = self.moves.iter().map(|(key, moves)| line(&key.to_string(), &self.cells(key, moves, baseline)));
+        goodputs.chain([header]).chain(rows).map(|line| line + "\n").collect()
+    }
+
+    fn cells(&self, key: &Key, moves: &[Moved], baseline: Option<&str>) -> [String; COLUMNS] {
+        let base = self.baseline_of(key, baseline);
+        let cell = |part: fn(&Moved) -> f64, unit: f64| {
+            let value = self.median(key, part);
+            let of = base.map(|base| format!(" ({:.2})", value / self.median(base, part)));
+            format!("{:.2}{:>7}", value / unit, of.unwrap_or_default())
+        };
+        let downtimes: Vec<f64> = moves.iter().filter_map(|moved| moved.downtime_ms).collect();
+        [
+            cell(seconds, 1.0),
+            cell(wire_bytes, MIB),
+            cell(cpu_seconds, 1.0),
+            format!("{:.3}", self.median(key, seconds) / self.wire_seconds(key)),
+            format!("{:.1}", median(&downtimes)),
+            format!("{:.0}", self.median(key, |moved| moved.rounds as f64)),
+            format!("{:.0}", self.most(key, |moved| moved.throttle_percent)),
+        ]
     }
 
     /// What a key is compared with; nothing, when it is the baseline itself.
@@ -90,6 +141,11 @@ impl Runs {
         };
         base.filter(|base| *base != key)
     }
+}
+
+fn line(name: &str, cells: &[String; COLUMNS]) -> String {
+    let cells = WIDTHS.iter().zip(cells).map(|(width, cell)| format!(" {cell:>width$}"));
+    format!("  {name:<40}") + &cells.collect::<String>()
 }
 
 fn push<K: PartialEq, V>(list: &mut Vec<(K, Vec<V>)>, key: K, value: V) {
@@ -112,7 +168,6 @@ fn cpu_seconds(moved: &Moved) -> f64 {
 }
 
 fn add_series(outcome: &mut Outcome, key: &Key, moves: &[Moved]) {
-    const MIB: f64 = (1 << 20) as f64;
     let mut add = |name: &str, unit: &'static str, part: &dyn Fn(&Moved) -> f64| {
         outcome.series(format!("{key}: {name}"), unit, moves.iter().map(part).collect());
     };
@@ -134,15 +189,15 @@ fn add_series(outcome: &mut Outcome, key: &Key, moves: &[Moved]) {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
     use super::*;
     use crate::process::Usage;
 
-    fn key(guest: &str, mover: &str) -> Key {
+    pub(in super::super) fn key(guest: &str, mover: &str) -> Key {
         Key { rate: "1gbit".to_owned(), guest: guest.to_owned(), mover: mover.to_owned() }
     }
 
-    fn moved(seconds: f64, wire_bytes: u64, converged: bool) -> Moved {
+    pub(in super::super) fn moved(seconds: f64, wire_bytes: u64, converged: bool) -> Moved {
         let usage = Usage { cpu_seconds: seconds / 2.0, peak_rss_bytes: 1 << 20 };
         let (source, destination) = (usage, usage);
         let downtime_ms = converged.then_some(5.0);

@@ -62,7 +62,7 @@ impl Mix {
                 &[(10, Write::Zero), (5, Write::GiveBack), (35, Write::FewBytes), (47, Write::Random), (3, Write::Same)]
             }
             Self::Moves => &[
-                (4, Write::Zero),
+                (14, Write::Zero),
                 (2, Write::GiveBack),
                 (10, Write::FewBytes),
                 (15, Write::Random),

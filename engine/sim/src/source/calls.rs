@@ -52,10 +52,11 @@ impl SourceHost {
             SourceAction::Harvest(point) => Some(or_failed("report dirty pages", self.harvest(*point))),
             SourceAction::Throttle(percent) => {
                 let mut guest = lock(&self.guest);
-                if guest.attempt(Call::Throttle).is_ok() || *percent == 0 {
+                let throttled = guest.attempt(Call::Throttle).is_ok();
+                if throttled || *percent == 0 {
                     guest.source.throttle = *percent;
                 }
-                None
+                Some(if throttled { SourceInput::Throttled } else { SourceInput::ThrottleRefused })
             }
             SourceAction::Pause => {
                 ctx.network.guest_stands = true;

@@ -26,7 +26,7 @@ const PAGE_TIME: Duration = Duration::from_micros(1);
 struct Job {
     batch: Batch,
     choice: Choice,
-    buffer: Box<EncodedBatch>,
+    buffer: EncodedBatch,
     result: Result<(), MemoryError>,
 }
 
@@ -65,7 +65,7 @@ pub(crate) struct Encoders {
     pub(super) shared: Arc<Shared>,
     host: HostId,
     threads: Vec<Thread>,
-    queue: VecDeque<(Batch, Box<EncodedBatch>)>,
+    queue: VecDeque<(Batch, EncodedBatch)>,
     interruption: Option<Interruption>,
     compress: Compress,
     plan: EncoderPlan,
@@ -96,7 +96,7 @@ impl Encoders {
         }
     }
 
-    fn add(&mut self, ctx: &mut Context, batch: Batch, buffer: Box<EncodedBatch>) {
+    fn add(&mut self, ctx: &mut Context, batch: Batch, buffer: EncodedBatch) {
         self.queue.push_back((batch, buffer));
         if let Some(index) = self.threads.iter().position(Thread::is_idle) {
             self.begin_next(ctx, index);
@@ -176,7 +176,7 @@ impl Encoders {
             Compress::Auto => any(&mut self.random),
         };
         let trial = self.random.chance(5).then(|| any(&mut self.random));
-        Choice { level, admits: self.random.chance(70), trial }
+        Choice { level, admits: self.random.chance(70), seeks: self.random.chance(90), trial }
     }
 }
 

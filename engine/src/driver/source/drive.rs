@@ -269,9 +269,8 @@ impl<'a> Driver<'a> {
             SourceAction::Acknowledge => self.dirty.acknowledge(),
             SourceAction::Harvest(point) => self.harvest(point),
             SourceAction::Throttle(percent) => {
-                if self.vm.throttle(percent).is_err() {
-                    self.tell(SourceInput::ThrottleRefused);
-                }
+                let throttled = self.vm.throttle(percent);
+                self.tell(throttled.map_or(SourceInput::ThrottleRefused, |()| SourceInput::Throttled));
             }
             SourceAction::Pause => {
                 let result = self.vm.pause().map(|()| SourceInput::Paused);

@@ -1,5 +1,8 @@
 //! The encoder threads: a rayon pool between the planner and the lanes.
 //!
+//! Where the link is as fast as memory there is nothing to do for them but to move every page from one core
+//! to another. A lane then encodes what it sends itself, while it is in its core's cache.
+//!
 //! Batches travel in buffers of a fixed number. The planner waits for a free one, an encoder fills it, a
 //! lane sends it and gives it back: so memory is bounded, and a slow link holds up the planning (R2: a
 //! page is armed shortly before it is read) without a further queue.
@@ -23,12 +26,17 @@ use crate::host::{Joiner, ThreadRole};
 use crate::limits::{BATCHES_PER_ENCODER, BATCHES_PER_LANE, MAX_BATCHES, MAX_ENCODERS};
 use crate::memory::{GuestMemory, MemoryError};
 
-type Batches = (Sender<Box<EncodedBatch>>, Receiver<Box<EncodedBatch>>);
+/// What a lane is given to send.
+pub(in crate::driver) enum Parcel {
+    Encoded(Box<EncodedBatch>),
+    /// To be encoded by the lane. The buffer is only the permission to have a batch at work.
+    Plain(Batch, Box<EncodedBatch>, Arc<Work>),
+}
 
 /// The channels of batches, and who decides how they are encoded.
 pub(super) struct Pipeline {
-    pub(super) free: Batches,
-    pub(super) ready: Batches,
+    pub(super) free: (Sender<Box<EncodedBatch>>, Receiver<Box<EncodedBatch>>),
+    pub(super) ready: (Sender<Parcel>, Receiver<Parcel>),
     pub(super) chooser: Arc<LevelChooser>,
 }
 
@@ -57,19 +65,17 @@ pub(super) struct Encoders {
     work: Arc<Work>,
 }
 
-/// What the encoder threads work with.
-struct Work {
-    /// One per thread, so that no lock is ever waited for.
+/// What those work with who encode.
+pub(in crate::driver) struct Work {
+    /// One per encoder thread, so that no lock is ever waited for.
     encoders: Vec<Mutex<Encoder>>,
+    parts: EncoderParts,
     chooser: Arc<LevelChooser>,
     free: Sender<Box<EncodedBatch>>,
-    ready: Sender<Box<EncodedBatch>>,
-    counters: Arc<Counters>,
-    events: Sender<SourceEvent>,
-    over: Arc<AtomicBool>,
+    ready: Sender<Parcel>,
 }
 
-/// What an encoder thread is made from.
+/// What an encoder is made from, and where it tells of what it did.
 pub(super) struct EncoderParts {
     pub(super) memory: Arc<dyn GuestMemory>,
     pub(super) hasher: PageHasher,
@@ -88,18 +94,12 @@ impl Encoders {
         parts: EncoderParts,
     ) -> Result<(Self, Vec<Box<dyn Joiner>>), Error> {
         let count = encoder_threads(config);
-        let encoder = || {
-            let encoder = Encoder::new(Arc::clone(&parts.memory), parts.hasher.clone(), Arc::clone(&parts.shared));
-            Mutex::new(encoder.timed())
-        };
         let work = Work {
-            encoders: (0..count).map(|_| encoder()).collect(),
+            encoders: (0..count).map(|_| Mutex::new(parts.encoder())).collect(),
+            parts,
             chooser: Arc::clone(&pipeline.chooser),
             free: pipeline.free.0.clone(),
             ready: pipeline.ready.0.clone(),
-            counters: parts.counters,
-            events: parts.events,
-            over: parts.over,
         };
         let mut threads: Vec<Box<dyn Joiner>> = Vec::new();
         let pool = ThreadPoolBuilder::new()
@@ -121,25 +121,69 @@ impl Encoders {
         }
     }
 
-    /// Has a batch encoded into a free buffer; the end comes as an event.
+    /// Has a batch encoded into a free buffer, or by a lane; the end comes as an event.
     pub(super) fn encode(&self, batch: Batch, buffer: Box<EncodedBatch>) {
         let work = Arc::clone(&self.work);
+        if work.chooser.leaves_it_to_lanes() {
+            let ready = work.ready.clone();
+            // There is room for all buffers.
+            let _ = ready.send(Parcel::Plain(batch, buffer, work));
+            return;
+        }
         self.pool.spawn_fifo(move || {
-            let encoded = catch_unwind(AssertUnwindSafe(|| work.encode(&batch, buffer)));
+            let encoded = catch_unwind(AssertUnwindSafe(|| work.encode_in_pool(&batch, buffer)));
             let event = match encoded {
                 Ok(Ok(encoded)) => SourceEvent::Encoded(encoded),
                 Ok(Err(error)) => SourceEvent::EncodingFailed(error.into()),
                 Err(_) => SourceEvent::Panicked(ThreadRole::Encoder(0)),
             };
             // Nobody hears it when the migration is over.
-            let _ = work.events.send(event);
+            let _ = work.parts.events.send(event);
         });
     }
 }
 
+impl EncoderParts {
+    fn encoder(&self) -> Encoder {
+        Encoder::new(Arc::clone(&self.memory), self.hasher.clone(), Arc::clone(&self.shared)).timed()
+    }
+}
+
 impl Work {
-    fn encode(&self, batch: &Batch, mut buffer: Box<EncodedBatch>) -> Result<Encoded, MemoryError> {
-        if self.over.load(Ordering::Relaxed) {
+    /// An encoder for a lane.
+    pub(in crate::driver) fn encoder(&self) -> Encoder {
+        self.parts.encoder()
+    }
+
+    /// Encodes a batch, as hard as it pays, and learns from it.
+    pub(in crate::driver) fn encode(
+        &self,
+        encoder: &mut Encoder,
+        batch: &Batch,
+        buffer: &mut EncodedBatch,
+    ) -> Result<Encoded, MemoryError> {
+        let choice = self.chooser.choose(self.ready.len());
+        encoder.encode(batch, choice, buffer)?;
+        let mut tally = *buffer.tally();
+        let (raw, packed) = buffer.payload_bytes();
+        self.chooser.encoded(choice.level, raw, packed, tally.stages.scan_time, tally.stages.pack_time);
+        if let Some(level) = choice.trial.filter(|_| !batch.urgent) {
+            let began = Instant::now();
+            if let Some(tried) = encoder.try_level(level, buffer) {
+                let trial = Trial { level, packed: tried, time: began.elapsed() };
+                self.chooser.tried(choice.level, raw, packed, trial);
+                tally.stages.pack_time += trial.time;
+            }
+        }
+        if buffer.is_empty() {
+            // Nothing of it reaches a lane, where the others are counted.
+            Counters::add(&self.parts.counters.pages, tally.pages);
+        }
+        Ok(Encoded { tally, deferred: buffer.deferred().to_vec() })
+    }
+
+    fn encode_in_pool(&self, batch: &Batch, mut buffer: Box<EncodedBatch>) -> Result<Encoded, MemoryError> {
+        if self.parts.over.load(Ordering::Relaxed) {
             return Ok(Encoded::default());
         }
         let index = rayon::current_thread_index().unwrap_or_default();
@@ -147,26 +191,12 @@ impl Work {
             return Err(MemoryError::Unsupported("more encoder threads than were started"));
         };
         let mut encoder = encoder.lock().unwrap_or_else(PoisonError::into_inner);
-        let choice = self.chooser.choose();
-        encoder.encode(batch, choice, &mut buffer)?;
-        let mut tally = *buffer.tally();
-        let (raw, packed) = buffer.payload_bytes();
-        self.chooser.encoded(choice.level, raw, packed, tally.stages.scan_time, tally.stages.pack_time);
-        if let Some(level) = choice.trial.filter(|_| !batch.urgent) {
-            let began = Instant::now();
-            if let Some(tried) = encoder.try_level(level, &buffer) {
-                let trial = Trial { level, packed: tried, time: began.elapsed() };
-                self.chooser.tried(choice.level, raw, packed, trial);
-                tally.stages.pack_time += trial.time;
-            }
-        }
-        let encoded = Encoded { tally, deferred: buffer.deferred().to_vec() };
+        let encoded = self.encode(&mut encoder, batch, &mut buffer)?;
         if buffer.is_empty() {
-            Counters::add(&self.counters.pages, tally.pages);
             let _ = self.free.send(buffer);
         } else {
             // Before the event: who hears that all is encoded finds it there.
-            let _ = self.ready.send(buffer);
+            let _ = self.ready.send(Parcel::Encoded(buffer));
         }
         Ok(encoded)
     }

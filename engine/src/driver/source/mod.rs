@@ -27,6 +27,8 @@ use crate::units::PageRun;
 use crate::vm::SourceVm;
 use crate::wire::{Message, SessionId};
 use drive::Driver;
+pub(super) use encoders::{Parcel, Work};
+
 /// Migrates a guest away.
 ///
 /// ```no_run

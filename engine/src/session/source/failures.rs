@@ -7,7 +7,7 @@ use super::{SourceAction, SourceInput, SourceSession, State};
 use crate::config::OnTimeout;
 use crate::dirty::Point;
 use crate::error::Error;
-use crate::limits::{HARVEST_EVERY, REASON_GRACE, SETTLE_RETRY, WORK_FACTOR};
+use crate::limits::{REASON_GRACE, SETTLE_RETRY, WORK_FACTOR};
 use crate::stats::Event;
 use crate::vm::Step;
 use crate::wire::Message;
@@ -145,7 +145,7 @@ impl SourceSession {
             }
             _ if self.guest_runs() && now >= self.setup.config.timeout => self.time_out(now),
             _ if self.watches_round() && now >= self.harvest_due => {
-                self.harvest_due = now + HARVEST_EVERY;
+                (self.harvest_began, self.harvest_due) = (now, Duration::MAX);
                 self.act(SourceAction::Harvest(Point::Running));
             }
             _ => {}

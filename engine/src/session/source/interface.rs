@@ -86,6 +86,8 @@ pub enum SourceInput {
     ControlSendFailed(Error),
     /// A data lane broke.
     DataLaneLost(Error),
+    /// The vCPUs are slowed down as ordered.
+    Throttled,
     /// The VMM cannot throttle.
     ThrottleRefused,
     /// The user wants the end.
@@ -124,7 +126,7 @@ pub enum SourceAction {
     Acknowledge,
     /// Take dirty bits; answer `Harvested` or `Failed`. May come while a round is under way.
     Harvest(Point),
-    /// Slow the vCPUs down by so many per cent; `ThrottleRefused` if the VMM cannot.
+    /// Slow the vCPUs down by so many per cent; answer `Throttled`, or `ThrottleRefused` if the VMM cannot.
     Throttle(u8),
     /// Stop the guest; answer `Paused` or `Failed`.
     Pause,

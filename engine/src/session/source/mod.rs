@@ -69,9 +69,12 @@ pub struct SourceSession {
     round_acked: bool,
     /// When the dirty bits are to be looked at again while a round is under way.
     harvest_due: Duration,
+    harvest_began: Duration,
     dirty_after_save: u64,
     forecast: Forecast,
     throttle: u8,
+    /// The last that the VMM took.
+    throttle_held: u8,
     digest: Digest,
     prepared: Option<Prepared>,
     full_digest: Option<Digest>,
@@ -109,9 +112,11 @@ impl SourceSession {
             round_flushed: false,
             round_acked: false,
             harvest_due: Duration::ZERO,
+            harvest_began: Duration::ZERO,
             dirty_after_save: 0,
             forecast: Forecast::default(),
             throttle: 0,
+            throttle_held: 0,
             digest: Digest::default(),
             prepared: None,
             full_digest: None,
@@ -210,7 +215,10 @@ impl SourceSession {
             SourceInput::DataLaneLost(error) => self.lose_data_lane(now, error),
             SourceInput::Cancel => self.cancel(now),
             SourceInput::SwitchOverNow => self.force_switch(),
-            SourceInput::ThrottleRefused => self.forget_throttle(),
+            SourceInput::ThrottleRefused => {
+                self.heard(now);
+                self.forget_throttle();
+            }
             SourceInput::DowntimeLimit(limit) => self.setup.config.downtime_limit = limit,
             SourceInput::Message(message) => {
                 self.last_heard = now;

@@ -9,7 +9,7 @@ use crate::converge::{Decision, Situation};
 use crate::dirty::Point;
 use crate::encode::Tally;
 use crate::error::Error;
-use crate::limits::{HARVEST_EVERY, HOLD_SHARE, MAX_ROUNDS, SETTLE_RETRY};
+use crate::limits::{HARVEST_EVERY, HARVEST_REST, HOLD_SHARE, MAX_ROUNDS, SETTLE_RETRY};
 use crate::stats::Event;
 use crate::vm::Step;
 use crate::wire::{Finish, GreetingRole, Message};
@@ -36,8 +36,10 @@ impl SourceSession {
                 self.state = State::StartingTracking;
             }
             (State::StartingTracking, SourceInput::Tracking { .. }) => self.begin_first_round(now),
+            (_, SourceInput::Throttled) => self.hold_throttle(),
             (_, SourceInput::RoundQueued) => self.on_round_queued(now),
             (_, SourceInput::RoundFlushed(tally)) => self.on_round_flushed(now, &tally),
+            (State::Sending, SourceInput::Harvested { .. }) => self.on_harvest_by_the_way(now),
             (State::Harvesting, SourceInput::Harvested { dirty_pages }) => self.decide(now, dirty_pages),
             (State::Pausing, SourceInput::Paused) => {
                 self.standstill.paused = now;
@@ -80,6 +82,18 @@ impl SourceSession {
         self.harvest_due = now + HARVEST_EVERY;
         let hold = (!stopped).then(|| self.forecast.pages_within(self.setup.config.downtime_limit / HOLD_SHARE));
         self.act(SourceAction::SendRound { round: number, hold });
+    }
+
+    /// The bits of a large guest take their time, in which nothing is planned and nobody is heard.
+    fn on_harvest_by_the_way(&mut self, now: Duration) {
+        if self.harvest_due != Duration::MAX {
+            // A late answer.
+            return;
+        }
+        let took = now.saturating_sub(self.harvest_began);
+        self.harvest_due = now + HARVEST_EVERY.max(took.saturating_mul(HARVEST_REST));
+        self.last_heard = (self.last_heard + took).min(now);
+        self.last_progress = (self.last_progress + took).min(now);
     }
 
     pub(super) fn on_round_queued(&mut self, now: Duration) {
@@ -143,7 +157,6 @@ impl SourceSession {
             Decision::AnotherRound => self.begin_running_round(now),
             Decision::Throttle(percent) => {
                 let percent = percent.min(situation.max_throttle);
-                self.report.throttle_peak = self.report.throttle_peak.max(percent);
                 self.act(SourceAction::Notify(Event::Throttled(percent)));
                 self.act(SourceAction::Throttle(percent));
                 self.throttle = percent;
@@ -152,11 +165,15 @@ impl SourceSession {
         }
     }
 
-    /// A VMM that cannot throttle is not asked again.
+    pub(super) fn hold_throttle(&mut self) {
+        self.throttle_held = self.throttle;
+        self.report.throttle_peak = self.report.throttle_peak.max(self.throttle);
+    }
+
+    /// A VMM that cannot throttle is not asked again, except to end what it has done before.
     pub(super) fn forget_throttle(&mut self) {
         self.setup.config.max_throttle = 0;
-        self.throttle = 0;
-        self.report.throttle_peak = 0;
+        (self.throttle, self.round.throttle) = (self.throttle_held, self.throttle_held);
     }
 
     pub(super) fn begin_running_round(&mut self, now: Duration) {

@@ -1,10 +1,12 @@
 //! The command line: `migrate demo`, `migrate receive`, `migrate send`, `migrate export`.
 
+mod encoding;
 mod exit;
 mod guest;
 mod limits;
 pub(crate) mod units;
 
+pub(crate) use encoding::Encoding;
 pub(crate) use exit::ExitStatus;
 pub(crate) use guest::{Backing, GuestKind, GuestOptions};
 pub(crate) use limits::{Lane, Limits};
@@ -47,6 +49,7 @@ Examples:
   migrate demo                                      1 GiB, 2 vCPUs, 20 MiB/s of writes
   migrate demo --memory 4G --rate 200M/s --writes full --lanes 4
   migrate demo --bandwidth 1Gbit/s --verify full    as over a 1 Gbps link, every page hashed again
+  migrate demo --compress off --delta-cache 0 --no-duplicates    every page with content sent whole
   migrate demo --guest process --json               without KVM; the report as the last line
   migrate demo --image memory.img --verify full     the memory of another machine, dumped to a file";
 
@@ -59,6 +62,7 @@ const SEND_EXAMPLES: &str = "\
 Examples:
   migrate send --to 192.0.2.7:7000 --memory 4G --vcpus 4
   migrate send --to 192.0.2.7:7000 --on-key --bind 192.0.2.6 --lanes 4
+  migrate send --to 192.0.2.7:7000 --encoders 4 --encoder-nice 10 --delta-cache 1G
   migrate send --to [::1]:7000 --on-signal --linger 5s --json
   migrate send --to 192.0.2.7:7000 --kernel vmlinux --initrd initramfs.cpio --memory 256M";
 
@@ -83,6 +87,8 @@ pub(crate) struct DemoOptions {
     pub(crate) limits: Limits,
     #[command(flatten)]
     pub(crate) lane: Lane,
+    #[command(flatten)]
+    pub(crate) encoding: Encoding,
     #[command(flatten)]
     pub(crate) output: Output,
     /// How long the guest runs before it is moved, its memory filled
@@ -154,6 +160,8 @@ pub(crate) struct SendOptions {
     pub(crate) limits: Limits,
     #[command(flatten)]
     pub(crate) lane: Lane,
+    #[command(flatten)]
+    pub(crate) encoding: Encoding,
     #[command(flatten)]
     pub(crate) linger: Linger,
     #[command(flatten)]

@@ -21,7 +21,7 @@ pub(crate) enum JsonEvent {
     /// How things stand, a few times a second.
     Progress(ProgressLine),
     /// A round has ended.
-    Round(RoundLine),
+    Round(Box<RoundLine>),
     /// The vCPUs are slowed down by this much from now on.
     Throttled { percent: u8 },
     /// The guest was stopped for the switch-over.
@@ -69,7 +69,7 @@ impl JsonEvent {
         Some(match event {
             Event::Accepted { peer, pages_total } => Self::Accepted { peer: peer.clone(), pages_total: *pages_total },
             Event::Progress(progress) => Self::Progress(ProgressLine::new(progress, remaining)),
-            Event::RoundFinished(round) => Self::Round(RoundLine::from(round)),
+            Event::RoundFinished(round) => Self::Round(Box::new(RoundLine::from(round))),
             Event::Throttled(percent) => Self::Throttled { percent: *percent },
             Event::Paused => Self::Paused,
             Event::HandedOver => Self::HandedOver,
@@ -91,7 +91,7 @@ mod tests {
             JsonEvent::Paused,
             JsonEvent::Throttled { percent: 20 },
             JsonEvent::Progress(progress),
-            JsonEvent::Round(RoundLine::from(&pageferry::stats::RoundReport::default())),
+            JsonEvent::Round(Box::new(RoundLine::from(&pageferry::stats::RoundReport::default()))),
         ] {
             let text = serde_json::to_string(&event).unwrap();
             assert!(text.starts_with("{\"event\":\""), "{text}");

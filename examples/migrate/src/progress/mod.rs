@@ -15,7 +15,7 @@ use pageferry::host::Observer;
 use pageferry::stats::{Event, Progress, RoundReport};
 
 use crate::cli::units::{show_bytes, show_duration, show_rate};
-use crate::report::{self, FinalReport};
+use crate::report::{self, FinalReport, show_ratio};
 use eta::Eta;
 
 /// Plain output says how things stand this often.
@@ -194,7 +194,8 @@ fn describe(progress: &Progress, remaining: Option<Duration>) -> String {
     let dirty = progress.dirty_rate.map_or("unknown".to_owned(), show_rate);
     let eta = remaining.map_or("unknown".to_owned(), show_duration);
     let (round, rate) = (progress.round, show_rate(progress.wire_rate));
-    format!("round {round}, ETA {eta}, {left} left, {rate}, dirty {dirty}")
+    let ratio = show_ratio(progress.wire_bytes, progress.guest_bytes);
+    format!("round {round}, ETA {eta}, {left} left, {rate}, dirty {dirty}, ratio {ratio}")
 }
 
 /// An event in words, where it is worth a line.
@@ -250,12 +251,14 @@ mod tests {
             round: 3,
             round_pages: 1000,
             remaining_pages: 256,
+            wire_bytes: 42,
+            guest_bytes: 100,
             wire_rate: 110.0 * 1024.0 * 1024.0,
             dirty_rate: Some(20.0 * 1024.0 * 1024.0),
             ..Progress::default()
         };
         let text = describe(&progress, Some(Duration::from_secs(4)));
-        assert_eq!(text, "round 3, ETA 4.0 s, 1 MiB left, 110 MiB/s, dirty 20 MiB/s");
+        assert_eq!(text, "round 3, ETA 4.0 s, 1 MiB left, 110 MiB/s, dirty 20 MiB/s, ratio 42 %");
         assert!((percent_done(&progress) - 74.4).abs() < 0.01);
     }
 

@@ -2,8 +2,11 @@
 #![allow(unsafe_code)]
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 use std::time::Duration;
+
+use pageferry::memory::GuestMemory;
 
 fn usage() -> libc::rusage {
     let mut usage = std::mem::MaybeUninit::<libc::rusage>::zeroed();
@@ -24,9 +27,49 @@ fn process_time() -> Duration {
     span(usage.ru_utime) + span(usage.ru_stime)
 }
 
-/// The most memory this process ever held, in bytes.
-pub(crate) fn peak_rss() -> u64 {
-    usage().ru_maxrss as u64 * 1024
+/// The most memory this process ever held, in bytes. (`getrusage` would count what the program that started this one
+/// held before.)
+fn peak_rss() -> Option<u64> {
+    let status = fs::read_to_string("/proc/self/status").ok()?;
+    status.lines().find_map(|line| kilobytes(line, "VmHWM:"))
+}
+
+/// Bytes of this guest memory that this process holds.
+fn guest_rss(memory: &dyn GuestMemory) -> Option<u64> {
+    let windows = memory.layout().iter().filter_map(|(region, _)| {
+        let window = memory.window(region)?;
+        let start = window.start.as_ptr() as u64;
+        Some(start..start + window.len as u64)
+    });
+    let windows: Vec<_> = windows.collect();
+    Some(resident(&fs::read_to_string("/proc/self/smaps").ok()?, &windows))
+}
+
+/// Resident bytes within address ranges. A mapping that the kernel has merged with its neighbour counts up to the part
+/// that lies within.
+fn resident(smaps: &str, windows: &[Range<u64>]) -> u64 {
+    let (mut sum, mut inside) = (0, 0);
+    for line in smaps.lines() {
+        if let Some(range) = address_range(line) {
+            let overlap = |window: &Range<u64>| window.end.min(range.end).saturating_sub(window.start.max(range.start));
+            inside = windows.iter().map(overlap).sum();
+        } else if let Some(bytes) = kilobytes(line, "Rss:") {
+            sum += bytes.min(inside);
+        }
+    }
+    sum
+}
+
+/// The addresses in the first line about a mapping: `7f00-8f00 rw-p ...`.
+fn address_range(line: &str) -> Option<Range<u64>> {
+    let (start, end) = line.split_whitespace().next()?.split_once('-')?;
+    Some(u64::from_str_radix(start, 16).ok()?..u64::from_str_radix(end, 16).ok()?)
+}
+
+/// The bytes in a line such as `Rss:     128 kB`.
+fn kilobytes(line: &str, name: &str) -> Option<u64> {
+    let number = line.strip_prefix(name)?.split_whitespace().next()?;
+    number.parse::<u64>().ok().map(|number| number * 1024)
 }
 
 /// CPU time of the guest's threads, which are the ones called `vcpu-` and a number.
@@ -42,22 +85,43 @@ fn vcpu_time(thread: &Path) -> Option<Duration> {
     times.split_whitespace().next()?.parse().ok().map(Duration::from_nanos)
 }
 
+/// What a migration took from this host.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Cost {
+    /// CPU time without the guest's.
+    pub(crate) cpu_seconds: f64,
+    /// CPU time of the guest.
+    pub(crate) guest_cpu_seconds: f64,
+    /// The most memory this process ever held, in bytes.
+    pub(crate) peak_rss: Option<u64>,
+    /// The part of it that is not the guest's; `None` where no guest is here.
+    pub(crate) overhead_rss: Option<u64>,
+}
+
 /// CPU time since a moment: the guest's share, and everything else.
 #[derive(Clone, Copy, Debug, Default)]
-pub(crate) struct CpuClock {
+pub(crate) struct CostClock {
     process: Duration,
     guest: Duration,
 }
 
-impl CpuClock {
+impl CostClock {
     /// Starts now.
     pub(crate) fn start() -> Self {
         Self { process: process_time(), guest: guest_time() }
     }
 
-    /// Seconds since the start: of the process without the guest, and of the guest. Read it while
-    /// the guest's threads are alive: the kernel forgets what ended threads were called.
-    pub(crate) fn split(&self) -> (f64, f64) {
+    /// The cost since the start, with the guest's memory as far as it is here. Read it while the guest's
+    /// threads are alive: the kernel forgets what ended threads were called.
+    pub(crate) fn stop(&self, memory: Option<&dyn GuestMemory>) -> Cost {
+        let (cpu_seconds, guest_cpu_seconds) = self.split();
+        let (peak_rss, guest_rss) = (peak_rss(), memory.and_then(guest_rss));
+        let overhead_rss = peak_rss.zip(guest_rss).map(|(peak, guest)| peak.saturating_sub(guest));
+        Cost { cpu_seconds, guest_cpu_seconds, peak_rss, overhead_rss }
+    }
+
+    /// Seconds since the start: of the process without the guest, and of the guest.
+    fn split(&self) -> (f64, f64) {
         let guest = guest_time().saturating_sub(self.guest);
         let process = process_time().saturating_sub(self.process);
         (process.saturating_sub(guest).as_secs_f64(), guest.as_secs_f64())
@@ -66,6 +130,8 @@ impl CpuClock {
 
 #[cfg(test)]
 mod tests {
+    use pageferry::memory::{Backing, Layout, MappedMemory, Region, RegionId};
+
     use super::*;
 
     /// Other tests' guests share this process, and their threads come and go: only what is bounded by
@@ -82,7 +148,7 @@ mod tests {
     fn work_of_the_guests_threads_is_the_guests_and_not_this_processs() {
         let (own, split, all) = in_thread("vcpu-7", || {
             while own_guest_time().unwrap() < Duration::from_millis(20) {}
-            let (own, split) = (own_guest_time().unwrap(), CpuClock::default().split());
+            let (own, split) = (own_guest_time().unwrap(), CostClock::default().split());
             (own, split, process_time())
         });
         assert!(split.1 >= own.as_secs_f64(), "{split:?} {own:?}");
@@ -93,10 +159,32 @@ mod tests {
     fn work_of_every_other_thread_is_this_processs() {
         assert_eq!(in_thread("vcpu-throttle", own_guest_time), None);
         assert_eq!(in_thread("worker-7", own_guest_time), None);
-        let (clock, before) = (CpuClock::start(), process_time());
+        let (clock, before) = (CostClock::start(), process_time());
         while process_time() < before + Duration::from_millis(20) {}
         let (process, guest) = clock.split();
         assert!(process + guest >= 0.02, "{process} {guest}");
-        assert!(peak_rss() > 0);
+    }
+
+    #[test]
+    fn the_guests_memory_is_told_apart_from_the_rest() {
+        let layout = Layout::new(vec![Region::ram("ram", 0, 64 << 20)]).unwrap();
+        // Never merged with what another test has mapped.
+        let memory = MappedMemory::new(layout, Backing::Memfd).unwrap();
+        for page in 0..4096 {
+            memory.write(RegionId(0), page * 4096, &[1]).unwrap();
+        }
+        assert_eq!(guest_rss(&memory), Some(16 << 20));
+        let cost = CostClock::start().stop(Some(&memory));
+        assert!(cost.peak_rss.unwrap() - cost.overhead_rss.unwrap() == 16 << 20);
+        assert_eq!(CostClock::start().stop(None).overhead_rss, None);
+    }
+
+    #[test]
+    fn only_mappings_within_the_guests_addresses_count() {
+        let smaps = "1000-3000 rw-p 00000000 00:00 0\nSize: 8 kB\nRss: 8 kB\n\
+                     5000-9000 rw-p 00000000 00:00 0   [heap]\nRss: 16 kB\nPss: 16 kB\n";
+        assert_eq!(resident(smaps, &[0x1000..0x3000, 0..0x800]), 8192);
+        assert_eq!(resident(smaps, &[0x6000..0x7000, 0x9000..0xa000]), 4096);
+        assert_eq!(resident(smaps, &[]), 0);
     }
 }

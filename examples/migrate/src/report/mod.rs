@@ -2,19 +2,21 @@
 //! and for people as a few tables.
 
 mod cost;
+mod stages;
 mod tables;
 
-pub(crate) use cost::CpuClock;
-pub(crate) use cost::peak_rss;
-pub(crate) use tables::show;
+pub(crate) use cost::{Cost, CostClock};
+pub(crate) use tables::{show, show_ratio};
 
 use std::time::Duration;
 
 use pageferry::error::{Error, Failed};
 use pageferry::stats::{Downtime, Report, RoundReport};
+use pageferry::units::PAGE_SIZE;
 use serde::{Deserialize, Serialize};
 
 use crate::cli::ExitStatus;
+use stages::StagesLine;
 
 /// How the migration ended.
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
@@ -81,6 +83,11 @@ pub(crate) struct FinalReport {
     pub(crate) rounds: Vec<RoundLine>,
     /// Bytes on the wire over all connections.
     pub(crate) wire_bytes: u64,
+    /// Bytes of guest memory that they stand for; a page counts every time it was dirty. The destination does not
+    /// hear of pages that were sent before and had not changed.
+    pub(crate) guest_bytes: u64,
+    /// What each stage of the encoder saved and cost. Known at the source.
+    pub(crate) stages: Option<StagesLine>,
     /// Pages of the guest.
     pub(crate) pages_total: u64,
     /// Page contents sent; a page sent twice counts twice.
@@ -104,10 +111,14 @@ pub(crate) struct FinalReport {
     pub(crate) guest_ended: Option<String>,
     /// CPU time that the migration took from each side's host.
     pub(crate) cpu_seconds: PerSide<f64>,
+    /// The same per GiB of `guest_bytes`.
+    pub(crate) cpu_seconds_per_gib: PerSide<f64>,
     /// CPU time that the guest itself used on each side meanwhile; not part of `cpu_seconds`.
     pub(crate) guest_cpu_seconds: PerSide<f64>,
     /// The most memory each side's process ever held, guest memory included.
     pub(crate) peak_rss_bytes: PerSide<u64>,
+    /// The part of it that is not the guest's memory.
+    pub(crate) overhead_rss_bytes: PerSide<u64>,
 }
 
 /// The tag of a final report.
@@ -123,6 +134,12 @@ pub(crate) enum ReportTag {
 pub(crate) struct PerSide<T> {
     pub(crate) source: Option<T>,
     pub(crate) destination: Option<T>,
+}
+
+impl<T> PerSide<T> {
+    fn of(&mut self, destination: bool) -> &mut Option<T> {
+        if destination { &mut self.destination } else { &mut self.source }
+    }
 }
 
 /// The parts of the standstill; they add up to `downtime_ms`.
@@ -152,6 +169,7 @@ pub(crate) struct RoundLine {
     pub(crate) dirty_bytes_per_second: f64,
     pub(crate) predicted_downtime_ms: Option<f64>,
     pub(crate) throttle_percent: u8,
+    pub(crate) stages: StagesLine,
 }
 
 pub(crate) fn ms(span: Duration) -> f64 {
@@ -173,6 +191,7 @@ impl From<&RoundReport> for RoundLine {
             dirty_bytes_per_second: round.dirty_rate,
             predicted_downtime_ms: round.predicted_downtime.map(ms),
             throttle_percent: round.throttle,
+            stages: StagesLine::from(&round.stages),
         }
     }
 }
@@ -215,6 +234,8 @@ impl FinalReport {
             Ok(report) => report,
             Err(failed) => failed.report(),
         };
+        let covered = report.stages.pages();
+        let pages_heard_of = if covered > 0 { covered } else { report.pages_sent + report.pages_zero };
         let knows_downtime = role != Role::Receive && !report.downtime.total().is_zero();
         Self {
             event: ReportTag::Report,
@@ -229,6 +250,8 @@ impl FinalReport {
             guest_heartbeats_after: None,
             rounds: report.rounds.iter().map(RoundLine::from).collect(),
             wire_bytes: report.wire_bytes,
+            guest_bytes: pages_heard_of * PAGE_SIZE as u64,
+            stages: (covered > 0).then(|| StagesLine::from(&report.stages)),
             pages_total: report.pages_total,
             pages_sent: report.pages_sent,
             pages_zero: report.pages_zero,
@@ -240,9 +263,28 @@ impl FinalReport {
             guest_pages_checked: None,
             guest_ended: None,
             cpu_seconds: PerSide::default(),
+            cpu_seconds_per_gib: PerSide::default(),
             guest_cpu_seconds: PerSide::default(),
             peak_rss_bytes: PerSide::default(),
+            overhead_rss_bytes: PerSide::default(),
         }
+    }
+
+    /// Adds what the migration took from this side's host.
+    pub(crate) fn charge(&mut self, cost: &Cost) {
+        let at_destination = self.role == Role::Receive;
+        self.cpu_seconds.of(at_destination).replace(cost.cpu_seconds);
+        self.guest_cpu_seconds.of(at_destination).replace(cost.guest_cpu_seconds);
+        *self.peak_rss_bytes.of(at_destination) = cost.peak_rss;
+        *self.overhead_rss_bytes.of(at_destination) = cost.overhead_rss;
+        self.share_out_cpu();
+    }
+
+    fn share_out_cpu(&mut self) {
+        let gib = self.guest_bytes as f64 / f64::from(1 << 30);
+        let per_gib = |seconds: Option<f64>| seconds.filter(|_| gib > 0.0).map(|seconds| seconds / gib);
+        let PerSide { source, destination } = self.cpu_seconds;
+        self.cpu_seconds_per_gib = PerSide { source: per_gib(source), destination: per_gib(destination) };
     }
 
     /// The report of a run that came to nothing before a migration began.
@@ -264,6 +306,8 @@ impl FinalReport {
         self.cpu_seconds.destination = destination.cpu_seconds.destination;
         self.guest_cpu_seconds.destination = destination.guest_cpu_seconds.destination;
         self.peak_rss_bytes.destination = destination.peak_rss_bytes.destination;
+        self.overhead_rss_bytes.destination = destination.overhead_rss_bytes.destination;
+        self.share_out_cpu();
         if self.owner == Owner::Source {
             return;
         }
@@ -335,6 +379,7 @@ mod tests {
         let mut report = Report::default();
         report.downtime = downtime;
         report.rounds = vec![RoundReport::default()];
+        report.stages.literal_pages = (2 << 30) / PAGE_SIZE as u64;
         FinalReport::new(Role::Send, &Ok(report))
     }
 
@@ -424,5 +469,18 @@ mod tests {
         assert_eq!(both.guest_longest_stall_ms, Some(7.0));
         assert_eq!(both.guest_self_check.as_deref(), Some("ok"));
         assert_eq!(both.cpu_seconds, PerSide { source: Some(1.0), destination: Some(3.0) });
+        assert_eq!(both.cpu_seconds_per_gib, PerSide { source: Some(0.5), destination: Some(1.5) });
+    }
+
+    #[test]
+    fn a_side_is_charged_with_its_own_cost() {
+        let cost = Cost { cpu_seconds: 3.0, guest_cpu_seconds: 0.5, peak_rss: Some(9), overhead_rss: None };
+        let mut report = completed();
+        report.charge(&cost);
+        assert_eq!(report.cpu_seconds, PerSide { source: Some(3.0), destination: None });
+        assert_eq!(report.cpu_seconds_per_gib, PerSide { source: Some(1.5), destination: None });
+        report.role = Role::Receive;
+        report.charge(&cost);
+        assert_eq!(report.peak_rss_bytes, PerSide { source: Some(9), destination: Some(9) });
     }
 }

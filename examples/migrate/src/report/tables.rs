@@ -3,8 +3,10 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::{FinalReport, Outcome, Owner, RoundLine};
+use super::{FinalReport, Outcome, Owner, RoundLine, stages};
 use crate::cli::units::{show_bytes, show_duration, show_rate};
+
+type Sides = super::PerSide<f64>;
 
 /// Rounds shown before the middle ones are left out.
 const ROUNDS_SHOWN: usize = 16;
@@ -16,6 +18,10 @@ pub(crate) fn show(report: &FinalReport) -> String {
         text += &rounds(&report.rounds);
         text.push('\n');
     }
+    if let Some(line) = &report.stages {
+        text += &stages::table(line);
+        text.push('\n');
+    }
     for line in summary(report) {
         text += &line;
         text.push('\n');
@@ -24,7 +30,7 @@ pub(crate) fn show(report: &FinalReport) -> String {
 }
 
 fn rounds(rounds: &[RoundLine]) -> String {
-    let mut header = vec!["round", "pages", "zero", "wire", "time", "rate", "dirty", "dirty rate"];
+    let mut header = vec!["round", "pages", "wire", "ratio", "time", "rate", "dirty", "dirty rate"];
     let throttled = rounds.iter().any(|round| round.throttle_percent > 0);
     if throttled {
         header.push("slow");
@@ -43,8 +49,8 @@ fn cells(round: &RoundLine, throttled: bool) -> Vec<String> {
     let mut cells = vec![
         number,
         round.pages.to_string(),
-        round.zero_pages.to_string(),
         show_bytes(round.wire_bytes),
+        show_ratio(round.wire_bytes, round.bytes),
         show_ms(round.duration_ms),
         show_rate(round.wire_bytes_per_second),
         round.dirty_pages.to_string(),
@@ -61,7 +67,7 @@ fn throttle(percent: u8) -> String {
 }
 
 /// Columns as wide as their widest cell; the first to the left, numbers to the right.
-fn align(header: &[&str], rows: &[Vec<String>]) -> String {
+pub(super) fn align(header: &[&str], rows: &[Vec<String>]) -> String {
     let width = |column: usize| {
         let cells = rows.iter().filter_map(|row| row.get(column)).map(String::len);
         cells.chain([header[column].len()]).max().unwrap_or(0)
@@ -83,13 +89,12 @@ fn align(header: &[&str], rows: &[Vec<String>]) -> String {
 
 fn summary(report: &FinalReport) -> Vec<String> {
     let mut lines = vec![head(report)];
-    let volume = format!(
-        "sent      {} on the wire, {} pages with content, {} pages of zeros",
-        show_bytes(report.wire_bytes),
-        report.pages_sent,
-        report.pages_zero
-    );
-    lines.push(volume);
+    lines.push(volume(report));
+    lines.extend(report.stages.map(|stages| format!("encoding  {}", stages.encoder_ms.show())));
+    let spared = report.stages.map_or(0, |stages| stages.spared_pages);
+    if spared > 0 {
+        lines.push(format!("spared    {spared} times a dirty page, which the guest would have written again anyway"));
+    }
     lines.extend(downtime(report));
     if let Some(stall) = report.guest_longest_stall_ms {
         lines.push(format!("stall     {} at most between two heartbeats of the guest", show_ms(stall)));
@@ -98,6 +103,15 @@ fn summary(report: &FinalReport) -> Vec<String> {
     lines.extend(cost(report));
     lines.push(proof(report));
     lines
+}
+
+fn volume(report: &FinalReport) -> String {
+    let (wire, guest) = (show_bytes(report.wire_bytes), show_bytes(report.guest_bytes));
+    let ratio = show_ratio(report.wire_bytes, report.guest_bytes);
+    let (content, zero) = (report.pages_sent, report.pages_zero);
+    format!(
+        "sent      {wire} on the wire for {guest} of memory ({ratio}): {content} pages with content, {zero} of zeros"
+    )
 }
 
 fn alive(report: &FinalReport) -> Option<String> {
@@ -131,15 +145,22 @@ fn downtime(report: &FinalReport) -> Option<String> {
 }
 
 fn cost(report: &FinalReport) -> Vec<String> {
-    let side = |name: &str, cpu: Option<f64>, rss: Option<u64>| {
-        Some(format!("{name} {:.2} s of CPU and {} at most", cpu?, show_bytes(rss?)))
+    let side = |name: &str, of: fn(Sides) -> Option<f64>, peak: Option<u64>, beside: Option<u64>| {
+        let parts = [
+            Some(format!("{name} {:.2} s of CPU", of(report.cpu_seconds)?)),
+            of(report.cpu_seconds_per_gib).map(|seconds| format!("{seconds:.2} s/GiB")),
+            peak.map(|bytes| format!("{} of memory at most", show_bytes(bytes))),
+            beside.map(|bytes| format!("{} beside the guest's", show_bytes(bytes))),
+        ];
+        Some(parts.into_iter().flatten().collect::<Vec<_>>().join(", "))
     };
+    let (peak, beside) = (report.peak_rss_bytes, report.overhead_rss_bytes);
     let sides = [
-        side("source", report.cpu_seconds.source, report.peak_rss_bytes.source),
-        side("destination", report.cpu_seconds.destination, report.peak_rss_bytes.destination),
+        side("source", |sides| sides.source, peak.source, beside.source),
+        side("destination", |sides| sides.destination, peak.destination, beside.destination),
     ];
-    let sides: Vec<String> = sides.into_iter().flatten().collect();
-    if sides.is_empty() { Vec::new() } else { vec![format!("cost      {}", sides.join(", "))] }
+    let lines = sides.into_iter().flatten().enumerate();
+    lines.map(|(line, text)| format!("{:<9} {text}", if line == 0 { "cost" } else { "" })).collect()
 }
 
 /// What was proven, and nothing that was not.
@@ -159,8 +180,18 @@ fn proof(report: &FinalReport) -> String {
     format!("{memory}, {guest}")
 }
 
-fn show_ms(ms: f64) -> String {
+pub(super) fn show_ms(ms: f64) -> String {
     show_duration(Duration::try_from_secs_f64(ms / 1e3).unwrap_or_default())
+}
+
+/// A part in per cent of the whole, at most 6 characters wide as long as it is not far more than that.
+pub(crate) fn show_ratio(part: u64, whole: u64) -> String {
+    let percent = part as f64 * 100.0 / whole as f64;
+    match percent {
+        _ if whole == 0 => "-".to_owned(),
+        _ if part == 0 || percent >= 9.95 => format!("{percent:.0} %"),
+        _ => format!("{percent:.1} %"),
+    }
 }
 
 #[cfg(test)]
@@ -184,7 +215,7 @@ mod tests {
     fn the_rounds_of_a_large_guest_fit_a_terminal_of_80_columns() {
         let large = RoundReport {
             pages: 1 << 22,
-            zero_pages: 999_999,
+            bytes: 1022 << 20,
             wire_bytes: 1023 << 20,
             duration: Duration::from_secs(100),
             wire_rate: 1023.0 * 1024.0 * 1024.0,
@@ -196,6 +227,30 @@ mod tests {
         };
         let text = rounds(&[RoundLine::from(&large)]);
         assert!(text.lines().all(|line| line.chars().count() <= 80), "{text}");
+    }
+
+    #[test]
+    fn the_cost_of_each_side_is_told_as_far_as_it_is_known() {
+        let mut both = report(0);
+        assert_eq!(cost(&both), Vec::<String>::new());
+        (both.cpu_seconds.source, both.cpu_seconds_per_gib.source) = (Some(1.0), Some(0.5));
+        both.cpu_seconds.destination = Some(2.0);
+        both.peak_rss_bytes.destination = Some(1 << 30);
+        both.overhead_rss_bytes.destination = Some(16 << 20);
+        let lines = [
+            "cost      source 1.00 s of CPU, 0.50 s/GiB",
+            "          destination 2.00 s of CPU, 1 GiB of memory at most, 16 MiB beside the guest's",
+        ];
+        assert_eq!(cost(&both), lines);
+    }
+
+    #[test]
+    fn a_ratio_of_nothing_is_none() {
+        assert_eq!(
+            (show_ratio(0, 0), show_ratio(1, 1000), show_ratio(43, 100)),
+            ("-".into(), "0.1 %".into(), "43 %".into())
+        );
+        assert_eq!((show_ratio(0, 5), show_ratio(103, 100)), ("0 %".into(), "103 %".into()));
     }
 
     #[test]

@@ -47,7 +47,8 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     }
     screen.note(&format!("migrating to {address}, another process of this machine"));
     let linger = LingerTime::For(options.linger);
-    let way = Way { role: Role::Demo, limits: &options.limits, lane: &options.lane, linger };
+    let way =
+        Way { role: Role::Demo, limits: &options.limits, lane: &options.lane, encoding: &options.encoding, linger };
     let mut report = migrate(&mut guest, &address, &way, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, linger, &mut report);

@@ -6,7 +6,7 @@
 use std::borrow::Cow;
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Weak};
 use std::time::Duration;
 use std::{fs, io};
 
@@ -279,18 +279,25 @@ pub(crate) struct AnyDestination {
     place: Place,
     screen: Arc<Screen>,
     guest: Option<Box<dyn DestinationGuest>>,
+    /// The guest's, which lives as long as it does.
+    memory: Option<Weak<dyn GuestMemory>>,
     offered: bool,
 }
 
 impl AnyDestination {
     /// An empty place.
     pub(crate) fn new(place: Place, screen: Arc<Screen>) -> Self {
-        Self { place, screen, guest: None, offered: false }
+        Self { place, screen, guest: None, memory: None, offered: false }
     }
 
     /// Whether a source has ever described a guest, taken in or refused.
     pub(crate) fn was_offered(&self) -> bool {
         self.offered
+    }
+
+    /// The guest's memory, while one is here.
+    pub(crate) fn memory(&self) -> Option<Arc<dyn GuestMemory>> {
+        self.memory.as_ref()?.upgrade()
     }
 
     fn prepare_process(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
@@ -330,11 +337,13 @@ impl DestinationVm for AnyDestination {
         let Some((&kind, config)) = config.split_first() else {
             return Err(GuestError::UnknownKind(None).into());
         };
-        match Kind::from_byte(kind) {
-            Some(Kind::Process) => self.prepare_process(config, layout),
-            Some(Kind::Kvm) => self.prepare_kvm(config, layout),
-            None => Err(GuestError::UnknownKind(Some(kind)).into()),
-        }
+        let memory = match Kind::from_byte(kind) {
+            Some(Kind::Process) => self.prepare_process(config, layout)?,
+            Some(Kind::Kvm) => self.prepare_kvm(config, layout)?,
+            None => return Err(GuestError::UnknownKind(Some(kind)).into()),
+        };
+        self.memory = Some(Arc::downgrade(&memory));
+        Ok(memory)
     }
 
     fn load(&mut self, state: &mut dyn io::Read) -> VmResult<()> {

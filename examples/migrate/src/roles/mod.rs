@@ -4,6 +4,7 @@ mod afterwards;
 mod console;
 mod demo;
 mod export;
+mod gentle;
 mod guests;
 mod operator;
 mod parent;

@@ -13,7 +13,7 @@ use super::{afterwards, not_started, parent};
 use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
 use crate::machine::Allowance;
 use crate::progress::Screen;
-use crate::report::{CpuClock, FinalReport, Owner, Role, peak_rss};
+use crate::report::{CostClock, FinalReport, Owner, Role};
 
 /// Runs the command.
 pub(super) fn receive(options: &ReceiveOptions) -> ExitStatus {
@@ -66,14 +66,14 @@ fn take_in(
     screen: &Arc<Screen>,
     operator: &Operator,
 ) -> FinalReport {
-    let clock = CpuClock::start();
+    let clock = CostClock::start();
     let mut config = DestinationConfig::default();
     config.wait_for_source = options.wait;
     config.peer_timeout = options.peer_timeout;
     config.settle_window = options.settle_window;
     let destination = Destination::new(config).observer(Arc::clone(screen) as _);
     let result = destination.run(guest, Arc::clone(acceptor) as _, operator.control());
-    let (engine_cpu, guest_cpu) = clock.split();
+    let cost = clock.stop(guest.memory().as_deref());
     operator.forget_cancel();
     let ask = |session| destination.settle(guest, Arc::clone(acceptor) as _, operator.control(), session);
     let result = settle(result, options.linger.linger, operator, screen, ask);
@@ -81,8 +81,6 @@ fn take_in(
     if report.owner == Owner::Source && !guest.was_offered() {
         report.owner = Owner::Nobody;
     }
-    report.cpu_seconds.destination = Some(engine_cpu);
-    report.guest_cpu_seconds.destination = Some(guest_cpu);
-    report.peak_rss_bytes.destination = Some(peak_rss());
+    report.charge(&cost);
     report
 }

@@ -4,17 +4,18 @@ use std::sync::Arc;
 
 use pageferry::Source;
 use pageferry::transport::Dialer;
-use pageferry::vm::VmError;
+use pageferry::vm::{SourceVm, VmError};
 use pageferry_tcp::{TcpDialer, TcpOptions};
 
+use super::gentle::GentleSpawner;
 use super::guests::{self, AnySource};
 use super::operator::{Operator, Wish};
 use super::settle::settle;
 use super::{afterwards, ended_early, not_started};
-use crate::cli::{ExitStatus, Lane, Limits, LingerTime, SendOptions};
+use crate::cli::{Encoding, ExitStatus, Lane, Limits, LingerTime, SendOptions};
 use crate::guest::Guest;
 use crate::progress::Screen;
-use crate::report::{CpuClock, FinalReport, Owner, Role, peak_rss};
+use crate::report::{CostClock, FinalReport, Owner, Role};
 
 /// Runs the command.
 pub(super) fn send(options: &SendOptions) -> ExitStatus {
@@ -35,7 +36,8 @@ fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     if operator.wait_for_moment(options.moment) == Wish::Stop {
         return Ok(ended_early(screen, Role::Send));
     }
-    let way = Way { role: Role::Send, limits: &options.limits, lane: &options.lane, linger: options.linger.linger };
+    let SendOptions { limits, lane, encoding, .. } = options;
+    let way = Way { role: Role::Send, limits, lane, encoding, linger: options.linger.linger };
     let mut report = migrate(&mut guest, &options.to, &way, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
@@ -72,10 +74,19 @@ pub(super) struct Way<'a> {
     pub(super) role: Role,
     pub(super) limits: &'a Limits,
     pub(super) lane: &'a Lane,
+    pub(super) encoding: &'a Encoding,
     pub(super) linger: LingerTime,
 }
 
 impl Way<'_> {
+    /// A source that migrates the way the command line says.
+    fn source(&self, screen: &Arc<Screen>) -> Source {
+        let mut config = self.limits.source_config(self.lane.lanes);
+        config.encode = self.encoding.config();
+        let spawner = GentleSpawner { encoder_nice: self.encoding.encoder_nice };
+        Source::new(config).observer(Arc::clone(screen) as _).spawner(Arc::new(spawner))
+    }
+
     /// Opens connections the way the command line says.
     fn dialer(&self, to: &str) -> Arc<dyn Dialer> {
         let mut options = TcpOptions::default();
@@ -99,16 +110,14 @@ pub(super) fn migrate(
 ) -> FinalReport {
     // A guest that cannot forget its earlier stalls still tells a bound.
     let _ = guest.reset_stall();
-    let (clock, dialer) = (CpuClock::start(), way.dialer(to));
-    let source = Source::new(way.limits.source_config(way.lane.lanes)).observer(Arc::clone(screen) as _);
+    let (clock, dialer) = (CostClock::start(), way.dialer(to));
+    let source = way.source(screen);
     let result = source.run(guest, Arc::clone(&dialer), operator.control());
-    let (engine_cpu, guest_cpu) = clock.split();
+    let cost = clock.stop(Some(&*guest.memory()));
     operator.forget_cancel();
     let ask = |session| source.settle(guest, Arc::clone(&dialer), operator.control(), session);
     let result = settle(result, way.linger, operator, screen, ask);
     let mut report = FinalReport::new(way.role, &result);
-    report.cpu_seconds.source = Some(engine_cpu);
-    report.guest_cpu_seconds.source = Some(guest_cpu);
-    report.peak_rss_bytes.source = Some(peak_rss());
+    report.charge(&cost);
     report
 }

@@ -5,15 +5,18 @@
 #![allow(unsafe_code)]
 
 use std::arch::x86_64::{
-    __m256i, _mm_cmpeq_epi8, _mm_cvtsi64_si128, _mm_movemask_epi8, _mm_set1_epi8, _mm256_and_si256,
-    _mm256_castsi256_pd, _mm256_cmpeq_epi64, _mm256_loadu_si256, _mm256_movemask_pd, _mm256_permutevar8x32_epi32,
-    _mm256_set1_epi64x, _mm256_setr_epi64x, _mm256_storeu_si256, _mm256_xor_si256,
+    __m256i, _MM_HINT_T1, _mm_cmpeq_epi8, _mm_cvtsi64_si128, _mm_movemask_epi8, _mm_prefetch, _mm_set1_epi8,
+    _mm256_and_si256, _mm256_castsi256_pd, _mm256_cmpeq_epi64, _mm256_loadu_si256, _mm256_movemask_pd,
+    _mm256_permutevar8x32_epi32, _mm256_set1_epi64x, _mm256_setr_epi64x, _mm256_storeu_si256, _mm256_xor_si256,
 };
 
 use super::portable::unpack_words;
 use super::{Changes, Kernel, LINES, Page, Parsed, WORD, fits};
 
 const VECTOR: usize = 32;
+
+/// Lines of the next base that are fetched ahead (measured, `benches/NOTES.md`).
+const PREFETCH_LINES: usize = 8;
 
 /// Lines compared before the length is looked at: their masks are one `u64`.
 const BLOCK: usize = 8;
@@ -68,6 +71,18 @@ impl Kernel for Avx2 {
     fn unpack(self, delta: &Parsed<'_>, page: &mut Page) {
         // SAFETY: as in `compare`.
         unsafe { unpack(delta, page) }
+    }
+}
+
+/// Asks for the first lines of a page, into the second-level cache, whose streamer fetches the others once it
+/// has seen these.
+pub(super) fn prefetch(page: &Page) {
+    for line in page.as_chunks::<64>().0.iter().take(PREFETCH_LINES) {
+        #[allow(unused_unsafe)] // safe in later versions of Rust
+        // SAFETY: a prefetch may name any address.
+        unsafe {
+            _mm_prefetch::<_MM_HINT_T1>(line.as_ptr().cast());
+        }
     }
 }
 
