@@ -55,6 +55,8 @@ pub struct Batch {
     pub runs: Vec<PageRun>,
     /// How many pages all runs have.
     pub pages: u64,
+    /// The guest stands still: nothing is tried out on its time.
+    pub urgent: bool,
 }
 
 impl Batch {
@@ -276,7 +278,8 @@ impl Planner {
     }
 
     fn open_batch(&self) -> Batch {
-        Batch { round: self.round, phase: self.phase.clone(), ..Batch::default() }
+        let urgent = self.hot.hold.is_none();
+        Batch { round: self.round, phase: self.phase.clone(), urgent, ..Batch::default() }
     }
 
     fn planned_in(&self, word: u64) -> u64 {
@@ -413,7 +416,7 @@ mod tests {
             batches.iter().flat_map(|b| &b.runs).flat_map(super::super::units::PageRun::pages).map(|p| p.0).collect();
         assert!(planned.iter().eq(expected.iter()));
         assert_eq!(armed_pages(dirty.layout(), &armed), planned);
-        assert!(batches.iter().all(|batch| batch.pages <= MAX_BATCH_PAGES as u64 && batch.round == 3));
+        assert!(batches.iter().all(|batch| batch.pages <= MAX_BATCH_PAGES as u64 && batch.round == 3 && batch.urgent));
         assert_eq!((dirty.dirty_pages(), dirty.in_flight_pages()), (0, expected.len() as u64));
     }
 
@@ -506,7 +509,7 @@ mod tests {
         dirty.mark_range(RegionId(1), 0..1);
         let mut planner = Planner::patient(2, 3);
         let cold = planner.next_batch(&mut dirty, &mut { NO_TRACKER }).unwrap().unwrap();
-        assert_eq!(pages_of(&cold), [128]);
+        assert_eq!((pages_of(&cold), cold.urgent), (vec![128], false));
         dirty.mark_range(RegionId(0), 0..5);
         assert_eq!(rest(&mut planner, &mut dirty), [3, 4, 5, 6, 7, 8, 9], "three of the five may wait");
         assert_eq!((planner.spared(), dirty.dirty_pages()), (5, 3));

@@ -167,7 +167,7 @@ impl Work {
         let mut tally = *buffer.tally();
         let (raw, packed) = buffer.payload_bytes();
         self.chooser.encoded(choice.level, raw, packed, tally.stages.scan_time, tally.stages.pack_time);
-        if let Some(level) = choice.trial {
+        if let Some(level) = choice.trial.filter(|_| !batch.urgent) {
             let began = Instant::now();
             if let Some(tried) = encoder.try_level(level, buffer) {
                 let trial = Trial { level, packed: tried, time: began.elapsed() };
