@@ -256,3 +256,13 @@ fn a_destination_without_the_bases_refuses_and_counts_nothing() {
     let result = stranger.placers[0].place(&frame);
     assert!(matches!(result, Err(PlaceError::Wire(WireError::Checksum { .. }))), "{result:?}");
 }
+
+#[test]
+fn a_batch_with_nothing_to_send_makes_a_frame_that_places_nothing() {
+    let (source, mut destination) = sides(&EncodeConfig::default());
+    let bytes: Vec<u8> = EncodedBatch::default().seal(3).iter().flat_map(|part| part.to_vec()).collect();
+    let mut frame = FrameBuffer::new();
+    frame.fill(&bytes).unwrap();
+    assert_eq!(destination.placers[0].place(&frame).unwrap().pages, 0);
+    assert_same(&source, &destination);
+}

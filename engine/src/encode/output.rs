@@ -6,7 +6,7 @@ use crate::digest::{Digest, PageHash};
 use crate::limits::{MAX_BATCH_PAGES, MAX_PAYLOAD};
 use crate::stats::Stages;
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
-use crate::wire::pages::{Coding, Packing, Record};
+use crate::wire::pages::{Coding, Packing, Record, encode_head};
 use crate::wire::{HEADER_LEN, Header, Kind};
 
 /// What became of the pages of one or more batches.
@@ -138,6 +138,11 @@ impl EncodedBatch {
 
     /// Gives the frame its place on a lane: fills in number and checksum, and returns its parts.
     pub fn seal(&mut self, sequence: u64) -> [IoSlice<'_>; 2] {
+        if self.head.len() < HEADER_LEN {
+            // Nothing to send: a frame that names no page.
+            self.head.resize(HEADER_LEN, 0);
+            encode_head(&self.records, self.packing, self.payload.len(), &mut self.head);
+        }
         let head = &self.head[HEADER_LEN..];
         let payload = match self.packing {
             Packing::Raw => self.payload.filled(),
