@@ -5,7 +5,6 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::digest::PageHash;
 use crate::limits::{DUPLICATE_SLOTS_PER_PAGE, MIN_DUPLICATE_SLOTS};
-use crate::memory::prefetch;
 use crate::units::PageNumber;
 
 /// Slots that one hash may use. A full bucket forgets a page; that costs a page sent twice, no more.
@@ -36,14 +35,6 @@ impl DuplicateIndex {
         let slots = (pages * DUPLICATE_SLOTS_PER_PAGE).max(MIN_DUPLICATE_SLOTS);
         let chunks = slots.div_ceil((CHUNK_BUCKETS * BUCKET) as u64);
         Self { chunks: (0..chunks).map(|_| OnceLock::new()).collect(), buckets: chunks * CHUNK_BUCKETS as u64 }
-    }
-
-    /// Begins to fetch what [`find`](Self::find) needs for a hash.
-    pub(super) fn prefetch(&self, hash: PageHash) {
-        let (chunk, bucket) = self.bucket(hash);
-        if let Some(bucket) = self.chunks.get(chunk).and_then(OnceLock::get).and_then(|chunk| chunk.get(bucket)) {
-            prefetch(bucket);
-        }
     }
 
     /// A page that had this content once and for which `holds` says that it still has.

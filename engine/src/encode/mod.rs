@@ -137,22 +137,21 @@ impl Encoder {
         let admits = choice.admits || batch.round > 0;
         let round = batch.round;
         let mut worker = Worker { shared, round, duplicates, tail, near: None, admits, timed: *timed };
-        let mut group = Group::default();
         for run in &batch.runs {
+            // A run ends where its region does; the page numbers may go on all the same.
+            out.record_open = false;
             out.tally.pages += run.count;
             reader.read_run(*run, |page, read| {
-                let Some(buffer) = pages.stage(group.staged) else {
+                let Some(buffer) = pages.next_page() else {
                     return Err(MemoryError::Unsupported("a batch over the limit"));
                 };
-                let hash = (!read(buffer)?).then(|| hasher.hash(buffer));
-                if group.add(page, hash, duplicates) {
-                    group.encode(&mut worker, pages, out);
+                if read(buffer)? {
+                    worker.encode_zero(page, out);
+                } else if worker.encode_page(page, hasher.hash(buffer), buffer, out) == Kept::Literal {
+                    pages.keep();
                 }
                 Ok(())
             })?;
-            group.encode(&mut worker, pages, out);
-            // A run ends where its region does; the page numbers may go on all the same.
-            out.record_open = false;
         }
         Ok(())
     }
@@ -189,7 +188,7 @@ impl Encoder {
                     expected = Some(PageNumber(from.0 + 1));
                     return Ok(());
                 }
-                let Some(buffer) = pages.stage(0) else {
+                let Some(buffer) = pages.next_page() else {
                     return Err(MemoryError::Unsupported("a batch over the limit"));
                 };
                 if read(buffer)? {
@@ -200,7 +199,7 @@ impl Encoder {
                     let hash = hasher.hash(buffer);
                     out.tally.stages.literal_pages += 1;
                     out.note(page, Coding::Literal, hash, table.swap(page, hash));
-                    pages.keep(pages.len(), 0);
+                    pages.keep();
                 }
                 Ok(())
             })?;
@@ -242,50 +241,6 @@ enum Kept {
     /// The page stays in the payload.
     Literal,
     Elsewhere,
-}
-
-/// Pages that were read and hashed and are decided about together: meanwhile the index of duplicates is
-/// fetched for all of them, which otherwise is a cache miss a page.
-#[derive(Default)]
-struct Group {
-    /// Pages, and the hashes of those that are not zero.
-    pages: [(PageNumber, Option<PageHash>); GROUP],
-    len: usize,
-    /// Of them, not zero: these lie staged in the payload.
-    staged: usize,
-}
-
-/// Enough to hide a cache miss; few enough that the pages stay in the first-level cache's reach.
-const GROUP: usize = 8;
-
-impl Group {
-    /// Adds a page; `true` when the group is full.
-    fn add(&mut self, page: PageNumber, hash: Option<PageHash>, index: Option<&DuplicateIndex>) -> bool {
-        if let (Some(hash), Some(index)) = (hash, index) {
-            index.prefetch(hash);
-        }
-        self.pages[self.len] = (page, hash);
-        self.len += 1;
-        self.staged += usize::from(hash.is_some());
-        self.len == GROUP
-    }
-
-    /// Decides about the pages of the group, and empties it.
-    fn encode(&mut self, worker: &mut Worker<'_>, payload: &mut PageBuffer, out: &mut EncodedBatch) {
-        let (len, mut index) = (payload.len(), 0);
-        for (page, hash) in self.pages[..self.len].iter().copied() {
-            let Some(hash) = hash else {
-                worker.encode_zero(page, out);
-                continue;
-            };
-            let kept = payload.staged(len, index).map(|bytes| worker.encode_page(page, hash, bytes, out));
-            if kept == Some(Kept::Literal) {
-                payload.keep(len, index);
-            }
-            index += 1;
-        }
-        (self.len, self.staged) = (0, 0);
-    }
 }
 
 /// Encodes the pages of one batch.

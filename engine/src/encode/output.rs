@@ -57,22 +57,14 @@ impl PageBuffer {
         self.bytes.as_ptr().align_offset(PAGE_SIZE)
     }
 
-    /// Room for the page that is staged as number `index` behind the content; `None` past the largest batch.
-    pub(super) fn stage(&mut self, index: usize) -> Option<&mut [u8; PAGE_SIZE]> {
-        self.room(self.len + index * PAGE_SIZE)?.first_chunk_mut()
+    /// Room for one more page, which [`keep`](Self::keep) makes part of the content; `None` past the
+    /// largest batch.
+    pub(super) fn next_page(&mut self) -> Option<&mut [u8; PAGE_SIZE]> {
+        self.room(self.len)?.first_chunk_mut()
     }
 
-    /// A page that was staged as number `index` when the content had `len` bytes.
-    pub(super) fn staged(&self, len: usize, index: usize) -> Option<&[u8; PAGE_SIZE]> {
-        self.bytes.get(self.start() + len + index * PAGE_SIZE..)?.first_chunk()
-    }
-
-    /// Makes that page part of the content. The pages before it were kept or are not wanted any more.
-    pub(super) fn keep(&mut self, len: usize, index: usize) {
-        let (start, from) = (self.start(), len + index * PAGE_SIZE);
-        if from != self.len {
-            self.bytes.copy_within(start + from..start + from + PAGE_SIZE, start + self.len);
-        }
+    /// The page in the room that [`next_page`](Self::next_page) gave is part of the content.
+    pub(super) fn keep(&mut self) {
         self.len += PAGE_SIZE;
     }
 

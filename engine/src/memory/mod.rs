@@ -9,7 +9,6 @@ mod writer;
 
 pub use layout::{Layout, LayoutError, Region, RegionId, Transfer};
 pub use mapped::{Backing, MappedMemory};
-pub(crate) use raw::prefetch;
 use raw::{copy_from_guest, copy_from_guest_unless_zero, copy_to_guest};
 pub use raw::{is_zero, is_zero_portable};
 pub(crate) use reader::PageReader;

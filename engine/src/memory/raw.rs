@@ -15,19 +15,6 @@ const PREFETCH_AHEAD: usize = 2048;
 /// it has seen a page's first lines.
 const NEXT_PAGE_LINES: usize = 12;
 
-/// Begins to fetch a value's first cache line.
-pub(crate) fn prefetch<T>(value: &T) {
-    #[cfg(target_arch = "x86_64")]
-    #[allow(unused_unsafe)] // safe in later versions of Rust
-    // SAFETY: a prefetch may name any address, and changes nothing.
-    unsafe {
-        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-        _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(value).cast());
-    }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = value;
-}
-
 /// Copies guest memory into a private buffer.
 ///
 /// # Safety
