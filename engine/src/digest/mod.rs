@@ -1,20 +1,21 @@
 //! The proof that both sides hold the same memory (R8).
 //!
-//! Every page has a keyed 128-bit content hash (xxh3 with a secret made fresh for the migration,
+//! Every page has a keyed 128-bit content hash ([`PageHasher`], with a key made fresh for the migration,
 //! R7); zero pages count as 0. The digest is the sum of all pages' hashes, each mixed with its page
 //! number: replacing a page is one subtraction and one addition, in any order, on any thread.
+
+mod hasher;
+#[cfg(target_arch = "x86_64")]
+mod x86_64;
 
 use std::fmt;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use twox_hash::XxHash3_128;
-
 use crate::limits::HASH_CHUNK_PAGES;
 use crate::units::PageNumber;
 
-/// Bytes of the hash secret: xxh3's own default length.
-const SECRET_LEN: usize = 192;
+pub use hasher::PageHasher;
 
 /// The random secret of a migration; the destination learns it from the source.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -83,38 +84,6 @@ fn finalise(mut x: u64) -> u64 {
     x ^ (x >> 33)
 }
 
-/// Hashes pages under a migration's key.
-#[derive(Clone)]
-pub struct PageHasher {
-    secret: [u8; SECRET_LEN],
-}
-
-impl fmt::Debug for PageHasher {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("PageHasher(..)")
-    }
-}
-
-impl PageHasher {
-    /// Stretches the key into xxh3's secret.
-    pub fn new(key: &DigestKey) -> Self {
-        let mut secret = [0; SECRET_LEN];
-        for (index, chunk) in secret.chunks_exact_mut(16).enumerate() {
-            let block = xxhash_rust::xxh3::xxh3_128_with_seed(&key.0, index as u64 + 1);
-            chunk.copy_from_slice(&block.to_le_bytes());
-        }
-        Self { secret }
-    }
-
-    /// The hash of a page that is known not to be all zeros.
-    pub fn hash(&self, page: &[u8]) -> PageHash {
-        // `twox-hash` picks the widest vectors at run time; both give the same 128 bits, and the first
-        // fails only for a secret that is too short.
-        let hash = XxHash3_128::oneshot_with_secret(&self.secret, page);
-        PageHash(hash.unwrap_or_else(|_| xxhash_rust::xxh3::xxh3_128_with_secret(page, &self.secret)))
-    }
-}
-
 /// The hash of every page as last sent or placed: 16 bytes a page, taken in chunks as pages appear.
 ///
 /// Threads may update different pages at the same time; the protocol never has one page in two
@@ -179,8 +148,8 @@ mod tests {
     use super::*;
     use crate::units::PAGE_SIZE;
 
-    fn page(fill: u8) -> Vec<u8> {
-        vec![fill; PAGE_SIZE]
+    fn page(fill: u8) -> [u8; PAGE_SIZE] {
+        [fill; PAGE_SIZE]
     }
 
     #[test]
@@ -198,15 +167,6 @@ mod tests {
         expected.replace(PageNumber(1), PageHash::ZERO, hasher.hash(&page(3)));
         assert_eq!(digest, expected);
         assert_ne!(digest, Digest::default());
-    }
-
-    #[test]
-    fn page_hashes_are_xxh3_128_with_the_stretched_secret() {
-        let hasher = PageHasher::new(&DigestKey([3; 32]));
-        for fill in [1, 7, 255] {
-            let naive = xxhash_rust::xxh3::xxh3_128_with_secret(&page(fill), &hasher.secret);
-            assert_eq!(hasher.hash(&page(fill)), PageHash(naive));
-        }
     }
 
     #[test]
