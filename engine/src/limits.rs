@@ -53,8 +53,9 @@ pub const MAX_PENDING_LANES: usize = 256;
 /// Time a new lane has to introduce itself before it is dropped as a stranger.
 pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Batches at work or waiting for a lane, per encoder: one in its hands and one to go on with.
-pub const BATCHES_PER_ENCODER: usize = 2;
+/// Batches at work or waiting for a lane, per encoder: one in its hands, and some that it can go on with while a lane
+/// sends a batch that was left raw. With two the encoder waited for a tenth of the time (`benches/NOTES.md`).
+pub const BATCHES_PER_ENCODER: usize = 6;
 
 /// Batches at work or waiting, per lane: one that it sends and one to go on with. Few, so that a page is
 /// re-armed shortly before it is read (R2 costs a resend for every write in between), and so that little is

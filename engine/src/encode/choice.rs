@@ -10,6 +10,10 @@
 //! taken to be a little faster all the time, until packing less shows how fast it is; each time that was in
 //! vain the next attempt comes later. What a level would bring is learned by using it, and by packing a batch
 //! now and then at a neighbouring level as well.
+//!
+//! What the mean says is not true of every batch: here many pages are duplicates and little is left for the
+//! link, there nothing shrinks. So a batch is packed less hard, or not at all, if lanes would run out of what was encoded
+//! before it is done.
 
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -43,6 +47,9 @@ const WEIGHT: f64 = 0.25;
 /// Lanes that are busy for this share of the time are what the migration waits for.
 const SATURATED: f64 = 0.85;
 
+/// Encoding in this share of the time that sending takes is no reason for lanes to lack batches.
+const AMPLE: f64 = 0.5;
+
 /// The time, in seconds, over which it is judged whether the lanes are busy.
 const WINDOW: f64 = 0.02;
 
@@ -65,10 +72,9 @@ const TRIAL_COST: f64 = 4.0;
 /// The best that packing is hoped to leave of a payload when nothing is known.
 const HOPE: f64 = 0.25;
 
-/// Time per byte sent from which on pages enter the cache of bases in the first round: 2.6 Gbps. Copying
-/// them, into memory that the host has to find first, takes up to 1 ns a byte; on a faster link that is
-/// more than what the few pages cost which the guest writes again meanwhile.
-const ADMISSION_NS: f64 = 3.0;
+/// Time per byte that it takes to put a page that is sent for the first time into the cache of bases, in memory that the
+/// host has to find first (measured, `benches/NOTES.md`).
+const ADMISSION_NS: f64 = 1.0;
 
 /// Time per byte sent from which on duplicates are looked for: 8 Gbps. The look into the index is a miss in
 /// cache and page tables, some 0.1 ns a byte (`benches/NOTES.md`), and most pages are no duplicates.
@@ -118,6 +124,10 @@ pub struct LevelChooser {
 #[derive(Debug)]
 struct State {
     rung: usize,
+    /// Bytes of a batch's payload, lately.
+    payload: f64,
+    /// Bytes that were encoded and not sent yet.
+    backlog: f64,
     scan_ns: f64,
     /// Bytes out per byte in at the reference level.
     ratio: f64,
@@ -127,8 +137,10 @@ struct State {
     /// What `link_ns` was when the lanes began to lack batches.
     link_ns_before: Option<f64>,
     drift: f64,
+    /// Seconds that lanes sent and waited, and bytes sent, within about a `WINDOW`.
     busy: f64,
     idle: f64,
+    sent: f64,
     until_trial: u32,
     trial_every: u32,
     trial_up: bool,
@@ -144,6 +156,8 @@ impl LevelChooser {
         };
         let state = State {
             rung: 0,
+            payload: 0.0,
+            backlog: 0.0,
             scan_ns: SCAN_NS,
             ratio: 0.5,
             pack_ns: LADDER.map(|(_, ns, _)| ns),
@@ -153,6 +167,7 @@ impl LevelChooser {
             drift: LINK_DRIFT.0,
             busy: 0.0,
             idle: 0.0,
+            sent: 0.0,
             until_trial: 0,
             trial_every: TRIAL_EVERY.0,
             trial_up: true,
@@ -160,10 +175,10 @@ impl LevelChooser {
         Self { fixed, encoders: encoders.max(1).into(), lanes: lanes.max(1).into(), state: Mutex::new(state) }
     }
 
-    /// How the next batch is to be encoded, when so many wait for a lane.
-    pub fn choose(&self, waiting: usize) -> Choice {
+    /// How the next batch is to be encoded.
+    pub fn choose(&self) -> Choice {
         let mut state = self.lock();
-        let admits = state.link_ns / self.lanes > ADMISSION_NS;
+        let admits = state.can_admit(self.encoders, self.lanes);
         let slow = state.link_ns / self.lanes > SEEK_NS;
         if let Some(level) = self.fixed {
             let seeks = slow || level != Level::Raw;
@@ -173,7 +188,7 @@ impl LevelChooser {
         let trial = state.trial(self.encoders, self.lanes);
         // Beside packing, looking is nothing.
         let seeks = slow || state.rung > 0;
-        let rung = state.rung_for_now(waiting, self.encoders, self.lanes);
+        let rung = state.rung_for_now(self.encoders, self.lanes);
         Choice { level: LADDER[rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
     }
 
@@ -187,10 +202,12 @@ impl LevelChooser {
     /// A batch was encoded: its payload, what came out, and what scanning and packing took.
     pub fn encoded(&self, level: Level, raw: usize, packed: usize, scan: Duration, pack: Duration) {
         let mut state = self.lock();
+        state.backlog += packed as f64;
         if raw < super::pack::TELLING {
             return;
         }
         let weight = weight(raw);
+        blend(&mut state.payload, raw as f64, WEIGHT);
         blend(&mut state.scan_ns, per_byte(scan, raw), weight);
         if let Some(rung) = rung_of(level).filter(|rung| *rung > 0) {
             blend(&mut state.pack_ns[rung], per_byte(pack, raw), weight);
@@ -221,12 +238,14 @@ impl LevelChooser {
     /// A lane has sent so many bytes, in the time `busy`, after it had waited for them for `idle`.
     pub fn sent(&self, bytes: u64, busy: Duration, idle: Duration) {
         let mut state = self.lock();
+        state.backlog = (state.backlog - bytes as f64).max(0.0);
         let (busy, idle) = (busy.as_secs_f64(), idle.as_secs_f64());
-        let fade = (-(busy + idle) / WINDOW).exp();
+        let fade = (-(busy + idle) / (WINDOW * self.lanes)).exp();
         state.busy = state.busy * fade + busy;
         state.idle = state.idle * fade + idle;
+        state.sent = state.sent * fade + bytes as f64;
         if bytes >= 4096 {
-            state.learn_link(busy * 1e9 / bytes as f64, bytes, busy + idle);
+            state.learn_link(busy * 1e9 / bytes as f64, busy + idle);
         }
     }
 
@@ -240,12 +259,11 @@ impl State {
         self.busy > SATURATED * (self.busy + self.idle)
     }
 
-    /// Some bytes took so many nanoseconds each; `seconds` have passed since the last were sent.
-    fn learn_link(&mut self, ns: f64, bytes: u64, seconds: f64) {
+    /// The last bytes took so many nanoseconds each; `seconds` have passed since others were sent.
+    fn learn_link(&mut self, ns: f64, seconds: f64) {
         if self.is_saturated() {
-            // A slow link shows itself; a fast one could be a buffer that was empty.
-            let weight = if ns > self.link_ns { 0.5 } else { weight(bytes as usize * 2) };
-            blend(&mut self.link_ns, ns, weight);
+            // One send says little: it finds a buffer empty, or its thread has to wait for a core.
+            self.link_ns = self.busy * 1e9 / self.sent;
             if self.link_ns_before.is_some_and(|before| self.link_ns > before * UNCHANGED) {
                 self.link_ns_before = None;
                 self.drift = (self.drift * 2.0).min(LINK_DRIFT.1);
@@ -255,6 +273,13 @@ impl State {
             let faster = self.link_ns * (-seconds / self.drift).exp();
             self.link_ns = faster.max(ns.min(self.link_ns));
         }
+    }
+
+    /// Whether encoders have the time to keep pages that are sent for the first time, even at an easy level. What
+    /// the guest writes again meanwhile is few, mostly; where encoders have no time to lose it costs more than it saves.
+    fn can_admit(&self, encoders: f64, lanes: f64) -> bool {
+        let sending = self.ratio_at(REFERENCE) * self.link_ns / lanes;
+        self.encode_time(REFERENCE, encoders) + ADMISSION_NS / encoders < sending * AMPLE
     }
 
     fn ratio_at(&self, rung: usize) -> f64 {
@@ -285,12 +310,16 @@ impl State {
         }
     }
 
-    /// The rung for one batch: the next easier one while lanes lack batches and encoding is the longer part.
-    /// Two levels in turn keep both link and encoders busy where each alone would leave one idle.
-    fn rung_for_now(&self, waiting: usize, encoders: f64, lanes: f64) -> usize {
-        let sending = self.ratio_at(self.rung) * self.link_ns / lanes;
-        let lacking = waiting == 0 && self.encode_time(self.rung, encoders) > sending;
-        if lacking { self.rung.saturating_sub(1) } else { self.rung }
+    /// The rung for one batch: an easier one if lanes would run out of batches before it is encoded. Two levels in turn keep
+    /// both link and encoders busy where each alone would leave one idle.
+    fn rung_for_now(&self, encoders: f64, lanes: f64) -> usize {
+        let until_dry = self.backlog * self.link_ns / lanes;
+        let eases = |rung: usize| {
+            let encoding = self.encode_time(rung, encoders);
+            let sending = self.ratio_at(rung) * self.link_ns / lanes;
+            encoding * self.payload > until_dry && encoding > sending * AMPLE
+        };
+        (1..=self.rung).rev().find(|&rung| !eases(rung)).unwrap_or(0)
     }
 
     /// A neighbouring rung, if it is time to look at one and it could be better.
@@ -336,6 +365,8 @@ fn blend(value: &mut f64, new: f64, weight: f64) {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::VecDeque;
+
     use super::*;
 
     const BATCH: usize = 512 << 10;
@@ -350,6 +381,8 @@ mod tests {
         encoder_free: f64,
         /// When the last batches have left the lane.
         sent: Vec<f64>,
+        /// What the chooser will hear of that, when it has happened.
+        told: VecDeque<(f64, u64, Duration, Duration)>,
         wire_free: f64,
     }
 
@@ -358,7 +391,15 @@ mod tests {
     impl World {
         fn new(link_ns: f64, ratio: f64) -> Self {
             let chooser = LevelChooser::new(Compress::Auto, 1, 1);
-            Self { chooser, link_ns, ratio, encoder_free: 0.0, sent: vec![0.0; 4], wire_free: 0.0 }
+            Self {
+                chooser,
+                link_ns,
+                ratio,
+                encoder_free: 0.0,
+                sent: vec![0.0; 4],
+                told: VecDeque::new(),
+                wire_free: 0.0,
+            }
         }
 
         fn costs(level: Level) -> (f64, f64) {
@@ -375,9 +416,14 @@ mod tests {
         }
 
         fn batch(&mut self) -> Level {
-            let next = self.encoder_free.max(self.sent[self.sent.len() - 4]);
-            let waiting = usize::from(self.sent[self.sent.len() - 1] > next);
-            let choice = self.chooser.choose(waiting);
+            // At most four batches are at work or wait.
+            let begin = self.encoder_free.max(self.sent[self.sent.len() - 4]);
+            while self.told.front().is_some_and(|sent| sent.0 <= begin)
+                && let Some((_, bytes, busy, idle)) = self.told.pop_front()
+            {
+                self.chooser.sent(bytes, busy, idle);
+            }
+            let choice = self.chooser.choose();
             let outcome = |level: Level| {
                 let (ns, relative) = Self::costs(level);
                 let ratio = if level == Level::Raw { 1.0 } else { (self.ratio * relative).min(1.0) };
@@ -385,8 +431,6 @@ mod tests {
             };
             let (pack, packed) = outcome(choice.level);
             let scan = 0.25 * BATCH as f64;
-            // At most four batches are at work or wait.
-            let begin = self.encoder_free.max(self.sent[self.sent.len() - 4]);
             self.encoder_free = begin + scan + pack;
             let ns = |ns: f64| Duration::from_nanos(ns as u64);
             self.chooser.encoded(choice.level, BATCH, packed, ns(scan), ns(pack));
@@ -400,7 +444,7 @@ mod tests {
             self.wire_free = self.wire_free.max(start) + packed as f64 * self.link_ns;
             let end = (start + packed as f64 * 0.2).max(self.wire_free - BUFFER * self.link_ns);
             self.sent.push(end);
-            self.chooser.sent(packed as u64, ns(end - start), ns(start - lane_free));
+            self.told.push_back((end, packed as u64, ns(end - start), ns(start - lane_free)));
             choice.level
         }
 
@@ -410,6 +454,13 @@ mod tests {
                 self.batch();
             }
             (self.wire_free - began) / batches as f64
+        }
+
+        /// The level in the middle of 21 batches': single ones are made easier, to keep the link busy.
+        fn usual_level(&mut self) -> Level {
+            let mut levels: [Level; 21] = std::array::from_fn(|_| self.batch());
+            levels.sort_unstable();
+            levels[10]
         }
 
         /// Time per batch with one level throughout.
@@ -447,15 +498,15 @@ mod tests {
     fn it_follows_a_link_that_changes_and_content_that_changes() {
         let mut world = World::new(8.0, 0.4);
         world.run(200);
-        assert!(world.batch() > Level::Zstd(-5));
+        assert!(world.usual_level() > Level::Zstd(-5));
         world.link_ns = 0.3;
         world.run(600);
-        assert_eq!(world.batch(), Level::Raw);
+        assert_eq!(world.usual_level(), Level::Raw);
         (world.link_ns, world.ratio) = (83.0, 1.0);
         world.run(200);
         world.ratio = 0.4;
         world.run(200);
-        assert!(world.batch() >= Level::Zstd(6));
+        assert!(world.usual_level() >= Level::Zstd(6));
     }
 
     #[test]
@@ -465,7 +516,7 @@ mod tests {
         // A link of 10 Mbps, and each level worth what it costs.
         chooser.lock().link_ns = 800.0;
         chooser.lock().relative = std::array::from_fn(|rung| 1.0 - rung as f64 / 20.0);
-        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose(1)).collect();
+        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose()).collect();
         assert!(choices.iter().all(|choice| choice.level == Level::Zstd(15)), "{choices:?}");
         assert!(choices.iter().any(|choice| choice.trial == Some(Level::Zstd(12))));
     }
@@ -473,8 +524,8 @@ mod tests {
     #[test]
     fn a_fixed_choice_stays() {
         let chooser = LevelChooser::new(Compress::Level(99), 1, 1);
-        assert_eq!(chooser.choose(1).level, Level::Zstd(super::super::MAX_LEVEL));
-        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose(1).level, Level::Raw);
+        assert_eq!(chooser.choose().level, Level::Zstd(super::super::MAX_LEVEL));
+        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose().level, Level::Raw);
     }
 
     #[test]
@@ -482,7 +533,7 @@ mod tests {
         for (link_ns, seeks) in [(0.3, false), (8.0, true), (83.0, true)] {
             let mut world = World::new(link_ns, 0.5);
             world.run(100);
-            assert_eq!(world.chooser.choose(1).seeks, seeks, "{link_ns} ns a byte");
+            assert_eq!(world.chooser.choose().seeks, seeks, "{link_ns} ns a byte");
         }
     }
 }

@@ -162,7 +162,7 @@ impl Work {
         batch: &Batch,
         buffer: &mut EncodedBatch,
     ) -> Result<Encoded, MemoryError> {
-        let choice = self.chooser.choose(self.ready.len());
+        let choice = self.chooser.choose();
         encoder.encode(batch, choice, buffer)?;
         let mut tally = *buffer.tally();
         let (raw, packed) = buffer.payload_bytes();
