@@ -53,6 +53,10 @@ const AMPLE: f64 = 0.5;
 /// The time, in seconds, over which it is judged whether the lanes are busy.
 const WINDOW: f64 = 0.02;
 
+/// So many bytes say something about a link, however soon they were sent. The first ones meet a connection and a
+/// destination that have yet to start.
+const TELLING_SENT: f64 = 1_048_576.0;
+
 /// Seconds in which an unused link is taken to have become faster by a factor of e: at first, and at most.
 const LINK_DRIFT: (f64, f64) = (0.15, 10.0);
 
@@ -256,7 +260,8 @@ impl LevelChooser {
 
 impl State {
     fn is_saturated(&self) -> bool {
-        self.busy > SATURATED * (self.busy + self.idle)
+        let telling = self.sent > TELLING_SENT || self.busy > WINDOW / 2.0;
+        telling && self.busy > SATURATED * (self.busy + self.idle)
     }
 
     /// The last bytes took so many nanoseconds each; `seconds` have passed since others were sent.
