@@ -31,6 +31,8 @@ pub(crate) struct Usage {
     pub(crate) cpu_seconds: f64,
     /// The most memory it ever had resident.
     pub(crate) peak_rss_bytes: u64,
+    /// The part of that which is not the guest's, if the program says so.
+    pub(crate) beside_guest_bytes: Option<u64>,
 }
 
 impl Program {
@@ -114,7 +116,11 @@ impl Program {
         let threads = fs::read_dir(format!("{folder}/task")).into_iter().flatten().flatten();
         let guest: f64 = threads.filter_map(|thread| thread_seconds(&thread.path(), vcpu_mark)).sum();
         let status = fs::read_to_string(format!("{folder}/status")).unwrap_or_default();
-        Usage { cpu_seconds: (stat_seconds(&folder) - guest).max(0.0), peak_rss_bytes: peak_rss(&status) }
+        Usage {
+            cpu_seconds: (stat_seconds(&folder) - guest).max(0.0),
+            peak_rss_bytes: peak_rss(&status),
+            beside_guest_bytes: None,
+        }
     }
 
     /// Thread ids of those with `mark` in their names.

@@ -2,6 +2,12 @@
 
 use std::time::Duration;
 
+use crate::limits::{
+    BATCH_MEMORY, BATCHES_PER_ENCODER, BATCHES_PER_LANE, DUPLICATE_SLOTS_PER_PAGE, ENCODER_MEMORY, HASH_CHUNK_PAGES,
+    LANE_MEMORY, MAX_BATCHES, MAX_ENCODERS,
+};
+use crate::units::PAGE_SIZE;
+
 /// What to do when the total timeout comes before the guest's memory has become small enough.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub enum OnTimeout {
@@ -106,6 +112,28 @@ impl Default for SourceConfig {
     }
 }
 
+impl SourceConfig {
+    /// The most memory, in bytes, that the engine takes beside the guest's own: for a guest of so many pages, all with content.
+    /// Pages that were never touched cost two bytes at most. With the defaults 256 MiB, 8 MiB per GiB of guest, and some
+    /// for every core.
+    pub fn memory_bound(&self, pages: u64) -> u64 {
+        let index = if self.encode.duplicates { pages * DUPLICATE_SLOTS_PER_PAGE * 8 } else { 0 };
+        let cache = self.encode.delta_cache.min(pages * PAGE_SIZE as u64);
+        // An entry of the cache names its page, its content and its place.
+        let cache = cache + cache / 80;
+        let encoders = u64::from(self.encode.threads.clamp(1, MAX_ENCODERS));
+        let lanes = u64::from(self.lanes.max(1));
+        let batches = encoders * BATCHES_PER_ENCODER as u64 + lanes * BATCHES_PER_LANE as u64;
+        let buffers = batches.min(MAX_BATCHES as u64) * BATCH_MEMORY;
+        page_memory(pages) + index + cache + buffers + encoders * ENCODER_MEMORY + lanes * LANE_MEMORY
+    }
+}
+
+/// Hashes and bitmaps of so many pages: a byte a page, and a chunk that is not full.
+fn page_memory(pages: u64) -> u64 {
+    (pages + HASH_CHUNK_PAGES) * 16 + pages
+}
+
 /// Choices of the destination.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
@@ -122,5 +150,13 @@ pub struct DestinationConfig {
 impl Default for DestinationConfig {
     fn default() -> Self {
         Self { wait_for_source: None, peer_timeout: Duration::from_secs(10), settle_window: Duration::from_secs(30) }
+    }
+}
+
+impl DestinationConfig {
+    /// The most memory, in bytes, that the engine takes beside the guest's own, for a guest of so many pages that comes over so
+    /// many data lanes.
+    pub fn memory_bound(&self, pages: u64, lanes: u16) -> u64 {
+        page_memory(pages) + u64::from(lanes.max(1) + 1) * LANE_MEMORY
     }
 }

@@ -111,6 +111,18 @@ pub enum Error {
     /// The guest's layout cannot be migrated.
     #[error("guest layout: {0}")]
     Layout(#[from] LayoutError),
+    /// The guest was paused, and the destination went on and on.
+    #[error(
+        "the guest had stood still for {stood:.1?}, where {predicted:.1?} were predicted, and {peer} still had not taken all of it: it runs on here; look at the link and at the destination's load"
+    )]
+    StoodTooLong {
+        /// The other end.
+        peer: String,
+        /// How long the guest has stood still.
+        stood: Duration,
+        /// What was predicted before it was paused.
+        predicted: Duration,
+    },
     /// The user asked for the end.
     #[error("cancelled")]
     Cancelled,

@@ -111,9 +111,25 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Time between two attempts to ask who owns the guest.
 pub const SETTLE_RETRY: Duration = Duration::from_millis(500);
 
+/// Memory of a batch's buffers, in bytes: its payload, packed and not, and its records.
+pub const BATCH_MEMORY: u64 = 1 << 20;
+
+/// Memory of an encoder, in bytes: zstd's tables at the highest level, a payload, deltas.
+pub const ENCODER_MEMORY: u64 = 22 << 20;
+
+/// Memory of a lane, in bytes: a frame and a payload; at the source an encoder without zstd's tables.
+pub const LANE_MEMORY: u64 = 4 << 20;
+
 /// A peer that is alive may go this many times its silence limit without visible progress: the VMM
 /// makes room, loads state, or a very slow link is busy with one frame.
 pub const WORK_FACTOR: u32 = 6;
+
+/// A guest that stands still waits so many times as long as was predicted, and the time of [`WORK_FACTOR`] besides, for a
+/// destination that says it makes progress.
+pub const STANDSTILL_FACTOR: u32 = 10;
+
+/// Pages that a full verification is expected to hash in a second at least: 256 MiB.
+pub const SLOWEST_VERIFY_PAGES: u64 = 65_536;
 
 /// How long after a lane's end, or that of the control lane's sending half, the control lane may still
 /// tell the reason.

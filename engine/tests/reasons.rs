@@ -8,25 +8,23 @@ use std::io::{self, IoSlice};
 use std::sync::{Arc, Condvar, Mutex};
 use std::time::Duration;
 
+use common::source::{NOW, source_until};
 use common::{Guest, Room, layout};
-use pageferry::converge::Adaptive;
 use pageferry::digest::{Digest, DigestKey};
 use pageferry::encode::Tally;
 use pageferry::limits::REASON_GRACE;
 use pageferry::session::{
     DestinationAction, DestinationInput, DestinationSession, DestinationSetup, LaneKey, Outcome, Phase, SourceAction,
-    SourceInput, SourceSession, SourceSetup,
+    SourceInput, SourceSession,
 };
 use pageferry::transport::{
     Acceptor, Dialer, Lane, LaneCloser, LaneHalves, LaneReceiver, LaneRole, LaneSender, ReadyLanes,
 };
 use pageferry::vm::Step;
 use pageferry::wire::{
-    Finish, FrameBuffer, Greeting, GreetingRole, Message, Offer, Owner, PROTOCOL_MAX, Prepared, Refusal, SessionId,
+    Finish, FrameBuffer, Greeting, GreetingRole, Message, Offer, Owner, PROTOCOL_MAX, Refusal, SessionId,
 };
 use pageferry::{Control, Destination, DestinationConfig, Error, Failed, Source, SourceConfig, Verify};
-
-const NOW: Duration = Duration::from_secs(1);
 
 fn broken_pipe() -> Error {
     Error::LaneBroken { lane: LaneRole::Control, peer: "the peer".to_owned(), source: io::ErrorKind::BrokenPipe.into() }
@@ -38,54 +36,6 @@ fn end_of_file() -> Error {
 }
 
 // ---- the source's session ----
-
-/// A source session that has met a willing destination until it asked for `last`, which is not performed.
-fn source_until(last: impl Fn(&SourceAction) -> bool) -> SourceSession {
-    let mut session = SourceSession::new(SourceSetup {
-        config: SourceConfig::default(),
-        session: SessionId([1; 16]),
-        digest_key: DigestKey([2; 32]),
-        layout: layout(64),
-        vm_config: Vec::new(),
-        run: true,
-        state_bytes_estimate: 0,
-        policy: Box::new(Adaptive::default()),
-    });
-    session.handle(NOW, SourceInput::Tick);
-    loop {
-        let action = session.poll_action().expect("the session has something to do");
-        if last(&action) {
-            return session;
-        }
-        for input in source_answers(&action) {
-            session.handle(NOW, input);
-        }
-    }
-}
-
-fn source_answers(action: &SourceAction) -> Vec<SourceInput> {
-    let prepared = Message::Prepared(Prepared::default());
-    match action {
-        SourceAction::Dial => vec![SourceInput::Dialled { peer: "there".to_owned() }],
-        SourceAction::Send(Message::Greeting(_)) => {
-            vec![SourceInput::Message(Message::Welcome { version: PROTOCOL_MAX })]
-        }
-        SourceAction::Send(Message::Offer(_)) => vec![SourceInput::Message(Message::Accept)],
-        SourceAction::Send(Message::Finish(_)) => vec![SourceInput::Message(prepared)],
-        SourceAction::OpenLanes(_) => vec![SourceInput::LanesOpen],
-        SourceAction::StartTracking => vec![SourceInput::Tracking { dirty_pages: 0 }],
-        &SourceAction::SendRound { round, .. } => vec![
-            SourceInput::RoundQueued,
-            SourceInput::RoundFlushed(Tally::default()),
-            SourceInput::Message(Message::RoundAck { round }),
-        ],
-        SourceAction::Harvest(_) => vec![SourceInput::Harvested { dirty_pages: 0 }],
-        SourceAction::Pause => vec![SourceInput::Paused],
-        SourceAction::Save => vec![SourceInput::Saved { bytes: 0 }],
-        SourceAction::Step(Step::BeforeHandover) => vec![SourceInput::StepDone],
-        _ => Vec::new(),
-    }
-}
 
 fn until_offer(action: &SourceAction) -> bool {
     matches!(action, SourceAction::Send(Message::Offer(_)))

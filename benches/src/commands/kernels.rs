@@ -103,9 +103,14 @@ impl Bench {
         let mut base = vec![[1; PAGE]; self.bytes as usize / 2 / PAGE];
         base.as_flattened_mut().fill(0);
         let count = base.len();
-        self.page_speed(outcome, "zero test, private memory", count, || {
+        let plain = self.page_speed(outcome, "read page, no test", count, || {
+            let words = base.as_flattened().as_chunks().0.iter().map(|word| u64::from_ne_bytes(*word));
+            expect(words.fold(0, u64::wrapping_add) == 0, "zeros add up to zero")
+        })?;
+        let test = self.page_speed(outcome, "zero test, private memory", count, || {
             expect(base.iter().all(|page| is_zero(page)), "zeros are zeros")
         })?;
+        outcome.figure("zero test, private memory: of plain reading", "", test / plain, None);
         Random::new(6).fill(base.as_flattened_mut());
         let same = base.clone();
         let plain = self.page_speed(outcome, "read base and page, no delta", count, || {

@@ -159,6 +159,7 @@ fn usage(report: &Value, side: &str) -> Usage {
     Usage {
         cpu_seconds: report["cpu_seconds"][side].as_f64().unwrap_or(f64::NAN),
         peak_rss_bytes: report["peak_rss_bytes"][side].as_u64().unwrap_or(0),
+        beside_guest_bytes: report["overhead_rss_bytes"][side].as_u64(),
     }
 }
 

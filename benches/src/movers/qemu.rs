@@ -289,7 +289,7 @@ impl Machine {
 
     fn usage(&self) -> Usage {
         let now = self.program.usage(VCPUS);
-        Usage { cpu_seconds: now.cpu_seconds - self.start.cpu_seconds, peak_rss_bytes: now.peak_rss_bytes }
+        Usage { cpu_seconds: now.cpu_seconds - self.start.cpu_seconds, ..now }
     }
 
     /// Waits until the migration has ended, or cancels it at the limit; when, and whether it was completed.

@@ -179,8 +179,9 @@ impl LevelChooser {
         Self { fixed, encoders: encoders.max(1).into(), lanes: lanes.max(1).into(), state: Mutex::new(state) }
     }
 
-    /// How the next batch is to be encoded.
-    pub fn choose(&self) -> Choice {
+    /// How the next batch is to be encoded. For an `urgent` one the guest stands still: packing harder than easily
+    /// would take longer than the bytes it saves, on any link that is not saturated for long.
+    pub fn choose(&self, urgent: bool) -> Choice {
         let mut state = self.lock();
         let admits = state.can_admit(self.encoders, self.lanes);
         let slow = state.link_ns / self.lanes > SEEK_NS;
@@ -189,10 +190,13 @@ impl LevelChooser {
             return Choice { level, admits, seeks, trial: None };
         }
         state.settle(self.encoders, self.lanes);
-        let trial = state.trial(self.encoders, self.lanes);
+        let trial = if urgent { None } else { state.trial(self.encoders, self.lanes) };
         // Beside packing, looking is nothing.
         let seeks = slow || state.rung > 0;
-        let rung = state.rung_for_now(self.encoders, self.lanes);
+        let mut rung = state.rung_for_now(self.encoders, self.lanes);
+        if urgent {
+            rung = rung.min(REFERENCE);
+        }
         Choice { level: LADDER[rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
     }
 
@@ -428,7 +432,7 @@ mod tests {
             {
                 self.chooser.sent(bytes, busy, idle);
             }
-            let choice = self.chooser.choose();
+            let choice = self.chooser.choose(false);
             let outcome = |level: Level| {
                 let (ns, relative) = Self::costs(level);
                 let ratio = if level == Level::Raw { 1.0 } else { (self.ratio * relative).min(1.0) };
@@ -521,16 +525,27 @@ mod tests {
         // A link of 10 Mbps, and each level worth what it costs.
         chooser.lock().link_ns = 800.0;
         chooser.lock().relative = std::array::from_fn(|rung| 1.0 - rung as f64 / 20.0);
-        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose()).collect();
+        let choices: Vec<Choice> = (0..2 * TRIAL_EVERY.1).map(|_| chooser.choose(false)).collect();
         assert!(choices.iter().all(|choice| choice.level == Level::Zstd(15)), "{choices:?}");
         assert!(choices.iter().any(|choice| choice.trial == Some(Level::Zstd(12))));
     }
 
     #[test]
+    fn while_the_guest_stands_still_nothing_is_packed_hard_or_tried() {
+        let mut world = World::new(83.0, 0.4);
+        world.run(200);
+        assert!(world.usual_level() >= Level::Zstd(6));
+        for _ in 0..2 * TRIAL_EVERY.1 {
+            let choice = world.chooser.choose(true);
+            assert!(choice.level <= Level::Zstd(1) && choice.trial.is_none(), "{choice:?}");
+        }
+    }
+
+    #[test]
     fn a_fixed_choice_stays() {
         let chooser = LevelChooser::new(Compress::Level(99), 1, 1);
-        assert_eq!(chooser.choose().level, Level::Zstd(super::super::MAX_LEVEL));
-        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose().level, Level::Raw);
+        assert_eq!(chooser.choose(false).level, Level::Zstd(super::super::MAX_LEVEL));
+        assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose(false).level, Level::Raw);
     }
 
     #[test]
@@ -538,7 +553,7 @@ mod tests {
         for (link_ns, seeks) in [(0.3, false), (8.0, true), (83.0, true)] {
             let mut world = World::new(link_ns, 0.5);
             world.run(100);
-            assert_eq!(world.chooser.choose().seeks, seeks, "{link_ns} ns a byte");
+            assert_eq!(world.chooser.choose(false).seeks, seeks, "{link_ns} ns a byte");
         }
     }
 }

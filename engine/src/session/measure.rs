@@ -108,9 +108,18 @@ pub(super) struct Standstill {
     pub(super) save: Duration,
     pub(super) prepared: Duration,
     pub(super) committed: Duration,
+    /// How long it was expected to be.
+    pub(super) predicted: Duration,
+    /// When it has lasted too long, whatever the peer says.
+    pub(super) deadline: Option<Duration>,
 }
 
 impl Standstill {
+    /// What this side took for itself is not the peer's fault.
+    pub(super) fn excuse(&mut self, time: Duration) {
+        self.deadline = self.deadline.map(|deadline| deadline.saturating_add(time));
+    }
+
     /// The parts, when the answer to Commit came at `running`.
     pub(super) fn parts(&self, prepared: &Prepared, running: Duration, resume_us: u64) -> Downtime {
         let until_prepared = self.prepared.saturating_sub(self.paused);

@@ -1,6 +1,6 @@
 //! What a run is to prove: quotients of what was measured, and bounds for them.
 
-use super::summary::{Key, Runs, seconds, wire_bytes};
+use super::summary::{Key, Runs, beside, seconds, wire_bytes};
 use crate::outcome::{Outcome, Target};
 
 /// Something measured.
@@ -16,6 +16,9 @@ pub(super) enum Quantity {
     Wire(Key),
     /// The strongest throttle in any turn.
     Throttle(Key),
+    /// The most memory in any turn that is not the guest's: of the source, and of the destination.
+    SourceMemory(Key),
+    DestinationMemory(Key),
     /// A number known beforehand.
     Known(f64),
 }
@@ -32,6 +35,8 @@ impl Quantity {
             Self::WireSeconds(key) => runs.wire_seconds(key),
             Self::Wire(key) => runs.converged_median(key, wire_bytes),
             Self::Throttle(key) => runs.most(key, |moved| moved.throttle_percent),
+            Self::SourceMemory(key) => runs.most(key, |moved| beside(&moved.source)),
+            Self::DestinationMemory(key) => runs.most(key, |moved| beside(&moved.destination)),
             Self::Known(value) => *value,
         }
     }

@@ -155,6 +155,7 @@ impl Plan {
             Some(Preset::Gigabit) => "link-gigabit",
             Some(Preset::Fewbytes) => "link-fewbytes",
             Some(Preset::Auto) => "link-auto",
+            Some(Preset::Memory) => "link-memory",
         }
     }
 

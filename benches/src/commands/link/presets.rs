@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use clap::ValueEnum;
+use pageferry::{DestinationConfig, SourceConfig};
 
 use super::Plan;
 use super::goals::{Goal, Quantity};
@@ -20,6 +21,8 @@ pub(super) enum Preset {
     Fewbytes,
     /// Whether `--compress auto` finds what is best on each link
     Auto,
+    /// Whether both sides keep to the memory that the engine says it takes beside the guest's (see also `--size`)
+    Memory,
 }
 
 /// What a question asks for where the command line does not say.
@@ -34,6 +37,10 @@ pub(super) struct Defaults {
 const ZSTD: &[&str] = &["multifd-2-zstd"];
 const AUTO: &str = "auto";
 const OFF: &str = "off";
+const OURS: &str = "ours";
+
+/// Memory of `migrate` beside the guest's and the engine's: itself, its libraries, its own check of the guest.
+const PROGRAM: u64 = 32 << 20;
 
 /// Without a question.
 pub(super) const PLAIN: Defaults =
@@ -45,6 +52,7 @@ impl Preset {
             Self::Bytes => Defaults { rates: &["100mbit"], guests: &["mix", "random"], qemu: ZSTD, ..PLAIN },
             Self::Gigabit => Defaults { qemu: ZSTD, ..PLAIN },
             Self::Fewbytes => Defaults { rates: &["100mbit"], guests: &["idle", "few20"], ..PLAIN },
+            Self::Memory => Defaults { guests: &["few20"], ..PLAIN },
             Self::Auto => Defaults {
                 rates: &["50mbit", "100mbit", "1gbit", "unshaped"],
                 ours: &[
@@ -72,6 +80,7 @@ impl Preset {
             Self::Gigabit => case.each_of_ours(|ours| case.gigabit(ours)),
             Self::Fewbytes => case.each_of_ours(|ours| case.few_bytes(ours)),
             Self::Auto => case.auto(),
+            Self::Memory => case.memory(),
         }
     }
 
@@ -161,6 +170,32 @@ impl Case<'_> {
         ]
     }
 
+    /// The bounds are those of the default settings.
+    fn memory(&self) -> Vec<Goal> {
+        if !self.movers.contains(&OURS) {
+            return Vec::new();
+        }
+        let (key, pages) = (self.key(OURS), self.subject.bytes / 4096);
+        let config = SourceConfig::default();
+        let bound = |engine: u64| Quantity::Known((engine + PROGRAM) as f64);
+        let source = bound(config.memory_bound(pages));
+        let destination = bound(DestinationConfig::default().memory_bound(pages, config.lanes));
+        vec![
+            Goal::at_most(
+                format!("{key}: memory of the source, of its bound"),
+                Quantity::SourceMemory(key.clone()),
+                source,
+                1.0,
+            ),
+            Goal::at_most(
+                format!("{key}: memory of the destination, of its bound"),
+                Quantity::DestinationMemory(key),
+                destination,
+                1.0,
+            ),
+        ]
+    }
+
     fn auto(&self) -> Vec<Goal> {
         let key = self.key(AUTO);
         let fixed = self.movers.iter().filter(|mover| **mover != AUTO && !mover.starts_with(QEMU_PREFIX));
@@ -200,6 +235,8 @@ mod tests {
         assert!(!names(Preset::Gigabit, Memory::Mix, &movers).contains("AtLeast"));
         assert_eq!(names(Preset::Fewbytes, Memory::Idle, &movers), "");
         assert!(names(Preset::Fewbytes, Memory::Few20, &movers).contains("Throttle"));
+        assert!(names(Preset::Memory, Memory::Few20, &movers).contains("DestinationMemory"));
+        assert_eq!(names(Preset::Memory, Memory::Few20, &["auto"]), "");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::fmt;
 use crate::movers::{Memory, Moved, QEMU_PREFIX};
 use crate::network::Rate;
 use crate::outcome::{Outcome, median};
+use crate::process::Usage;
 
 const MIB: f64 = (1 << 20) as f64;
 
@@ -167,6 +168,11 @@ fn cpu_seconds(moved: &Moved) -> f64 {
     moved.source.cpu_seconds + moved.destination.cpu_seconds
 }
 
+/// Memory of a program that is not its guest's; NaN if it did not say.
+pub(super) fn beside(usage: &Usage) -> f64 {
+    usage.beside_guest_bytes.map_or(f64::NAN, |bytes| bytes as f64)
+}
+
 fn add_series(outcome: &mut Outcome, key: &Key, moves: &[Moved]) {
     let mut add = |name: &str, unit: &'static str, part: &dyn Fn(&Moved) -> f64| {
         outcome.series(format!("{key}: {name}"), unit, moves.iter().map(part).collect());
@@ -176,6 +182,10 @@ fn add_series(outcome: &mut Outcome, key: &Key, moves: &[Moved]) {
     add("CPU, source", "s", &|moved| moved.source.cpu_seconds);
     add("CPU, destination", "s", &|moved| moved.destination.cpu_seconds);
     add("peak memory, source", "MiB", &|moved| moved.source.peak_rss_bytes as f64 / MIB);
+    if moves.iter().all(|moved| moved.source.beside_guest_bytes.is_some()) {
+        add("memory beside the guest's, source", "MiB", &|moved| beside(&moved.source) / MIB);
+        add("memory beside the guest's, destination", "MiB", &|moved| beside(&moved.destination) / MIB);
+    }
     add("rounds", "", &|moved| moved.rounds as f64);
     add("strongest throttle", "%", &|moved| moved.throttle_percent);
     let downtimes: Vec<f64> = moves.iter().filter_map(|moved| moved.downtime_ms).collect();
@@ -191,14 +201,13 @@ fn add_series(outcome: &mut Outcome, key: &Key, moves: &[Moved]) {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::process::Usage;
 
     pub(in super::super) fn key(guest: &str, mover: &str) -> Key {
         Key { rate: "1gbit".to_owned(), guest: guest.to_owned(), mover: mover.to_owned() }
     }
 
     pub(in super::super) fn moved(seconds: f64, wire_bytes: u64, converged: bool) -> Moved {
-        let usage = Usage { cpu_seconds: seconds / 2.0, peak_rss_bytes: 1 << 20 };
+        let usage = Usage { cpu_seconds: seconds / 2.0, peak_rss_bytes: 3 << 20, beside_guest_bytes: Some(1 << 20) };
         let (source, destination) = (usage, usage);
         let downtime_ms = converged.then_some(5.0);
         Moved { seconds, downtime_ms, wire_bytes, source, destination, rounds: 2, throttle_percent: 0.0, converged }

@@ -162,12 +162,12 @@ impl Work {
         batch: &Batch,
         buffer: &mut EncodedBatch,
     ) -> Result<Encoded, MemoryError> {
-        let choice = self.chooser.choose();
+        let choice = self.chooser.choose(batch.urgent);
         encoder.encode(batch, choice, buffer)?;
         let mut tally = *buffer.tally();
         let (raw, packed) = buffer.payload_bytes();
         self.chooser.encoded(choice.level, raw, packed, tally.stages.scan_time, tally.stages.pack_time);
-        if let Some(level) = choice.trial.filter(|_| !batch.urgent) {
+        if let Some(level) = choice.trial {
             let began = Instant::now();
             if let Some(tried) = encoder.try_level(level, buffer) {
                 let trial = Trial { level, packed: tried, time: began.elapsed() };

@@ -4,10 +4,10 @@ use std::time::Duration;
 
 use super::super::Outcome;
 use super::{SourceAction, SourceInput, SourceSession, State};
-use crate::config::OnTimeout;
+use crate::config::{OnTimeout, Verify};
 use crate::dirty::Point;
 use crate::error::Error;
-use crate::limits::{REASON_GRACE, SETTLE_RETRY, WORK_FACTOR};
+use crate::limits::{REASON_GRACE, SETTLE_RETRY, SLOWEST_VERIFY_PAGES, STANDSTILL_FACTOR, WORK_FACTOR};
 use crate::stats::Event;
 use crate::vm::Step;
 use crate::wire::Message;
@@ -130,7 +130,7 @@ impl SourceSession {
                     self.fail(now, error);
                 }
             }
-            State::AwaitRunning if now >= self.silence_deadline().min(self.stall_deadline()) => {
+            State::AwaitRunning if now >= self.answer_deadline() => {
                 let error = self.silent("answered to Commit", now.saturating_sub(self.last_heard));
                 self.lose_link(now, error);
                 self.check_settling(now);
@@ -142,6 +142,10 @@ impl SourceSession {
             _ if now >= self.stall_deadline() => {
                 let error = self.silent("made any progress", now.saturating_sub(self.last_progress));
                 self.fail(now, error);
+            }
+            _ if now >= self.standstill_deadline() => {
+                let (stood, predicted) = (now.saturating_sub(self.standstill.paused), self.standstill.predicted);
+                self.fail(now, Error::StoodTooLong { peer: self.peer.clone(), stood, predicted });
             }
             _ if self.guest_runs() && now >= self.setup.config.timeout => self.time_out(now),
             _ if self.watches_round() && now >= self.harvest_due => {
@@ -186,6 +190,36 @@ impl SourceSession {
 
     /// Working for the VMM (making room, loading state) may take longer than a sign of life.
     pub(super) fn stall_deadline(&self) -> Duration {
-        self.last_progress.saturating_add(self.setup.config.peer_timeout.saturating_mul(WORK_FACTOR))
+        self.last_progress.saturating_add(self.work_limit())
+    }
+
+    pub(super) fn work_limit(&self) -> Duration {
+        self.setup.config.peer_timeout.saturating_mul(WORK_FACTOR)
+    }
+
+    /// Progress is the destination's own word for it. A guest that stands still does not wait for more of that than
+    /// this.
+    pub(super) fn standstill_limit(&self) -> Duration {
+        let verify = match self.setup.config.verify {
+            Verify::Full => self.report.pages_total / SLOWEST_VERIFY_PAGES,
+            Verify::Digest => 0,
+        };
+        let expected = self.standstill.predicted.saturating_mul(STANDSTILL_FACTOR);
+        self.work_limit().saturating_add(expected).saturating_add(Duration::from_secs(verify))
+    }
+
+    /// When the guest has stood still for too long, in states in which it waits for the destination.
+    pub(super) fn standstill_deadline(&self) -> Duration {
+        let waits = matches!(
+            self.state,
+            State::LastHarvest | State::Saving | State::HarvestAfterSave | State::Draining | State::AwaitPrepared
+        );
+        self.standstill.deadline.filter(|_| waits).unwrap_or(Duration::MAX)
+    }
+
+    /// Until when the destination has to answer to Commit.
+    pub(super) fn answer_deadline(&self) -> Duration {
+        let latest = self.standstill.deadline.unwrap_or(Duration::MAX);
+        latest.min(self.silence_deadline()).min(self.stall_deadline())
     }
 }

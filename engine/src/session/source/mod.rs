@@ -169,11 +169,12 @@ impl SourceSession {
             State::Settling => {
                 Some(self.settle_retry_at.min(self.settle_since.saturating_add(self.setup.config.settle_window)))
             }
+            State::AwaitRunning => Some(self.answer_deadline().min(self.lane_loss_deadline())),
             _ => {
                 let total = if self.guest_runs() { self.setup.config.timeout } else { Duration::MAX };
-                let lane_loss = self.lane_loss.as_ref().map_or(Duration::MAX, |(_, deadline)| *deadline);
                 let harvest = if self.watches_round() { self.harvest_due } else { Duration::MAX };
-                Some(total.min(self.silence_deadline()).min(self.stall_deadline()).min(lane_loss).min(harvest))
+                let silence = self.silence_deadline().min(self.stall_deadline()).min(self.standstill_deadline());
+                Some(total.min(silence).min(self.lane_loss_deadline()).min(harvest))
             }
         }
     }
@@ -241,6 +242,10 @@ impl SourceSession {
 
     fn act(&mut self, action: SourceAction) {
         self.actions.push_back(action);
+    }
+
+    fn lane_loss_deadline(&self) -> Duration {
+        self.lane_loss.as_ref().map_or(Duration::MAX, |(_, deadline)| *deadline)
     }
 
     fn committed(&self) -> bool {

@@ -43,17 +43,21 @@ impl SourceSession {
             (State::Harvesting, SourceInput::Harvested { dirty_pages }) => self.decide(now, dirty_pages),
             (State::Pausing, SourceInput::Paused) => {
                 self.standstill.paused = now;
+                self.standstill.deadline = self.setup.run.then(|| now.saturating_add(self.standstill_limit()));
                 self.act(SourceAction::Notify(Event::Paused));
                 self.harvest(now, Point::Stopped, State::LastHarvest);
             }
             (State::LastHarvest, SourceInput::Harvested { dirty_pages }) => self.on_last_harvest(now, dirty_pages),
             (State::Saving, SourceInput::Saved { bytes }) => {
                 self.standstill.save = now.saturating_sub(self.mark);
+                self.standstill.excuse(self.standstill.save);
                 self.report.state_bytes = bytes;
                 self.harvest(now, Point::AfterSave, State::HarvestAfterSave);
             }
             (State::HarvestAfterSave, SourceInput::Harvested { dirty_pages }) => {
-                self.standstill.harvest += now.saturating_sub(self.mark);
+                let took = now.saturating_sub(self.mark);
+                self.standstill.harvest += took;
+                self.standstill.excuse(took);
                 self.dirty_after_save = dirty_pages;
                 self.state = State::Draining;
                 self.drain(now);
@@ -153,7 +157,7 @@ impl SourceSession {
             self.setup.policy.decide(&round, &situation)
         };
         match decision {
-            Decision::SwitchOver => self.order_pause(now),
+            Decision::SwitchOver => self.order_pause(now, predicted_downtime),
             Decision::AnotherRound => self.begin_running_round(now),
             Decision::Throttle(percent) => {
                 let percent = percent.min(situation.max_throttle);
@@ -181,14 +185,15 @@ impl SourceSession {
         self.state = State::Sending;
     }
 
-    pub(super) fn order_pause(&mut self, now: Duration) {
-        self.standstill = Standstill { ordered: now, ..Standstill::default() };
+    pub(super) fn order_pause(&mut self, now: Duration, predicted: Duration) {
+        self.standstill = Standstill { ordered: now, predicted, ..Standstill::default() };
         self.act(SourceAction::Pause);
         self.state = State::Pausing;
     }
 
     pub(super) fn on_last_harvest(&mut self, now: Duration, dirty_pages: u64) {
         self.standstill.harvest = now.saturating_sub(self.mark);
+        self.standstill.excuse(self.standstill.harvest);
         if dirty_pages == 0 {
             self.save(now);
         } else {
@@ -255,6 +260,7 @@ impl SourceSession {
     /// The point of no return: from here on only the destination's word counts.
     pub(super) fn commit(&mut self, now: Duration) {
         self.standstill.committed = now;
+        self.standstill.deadline = Some(now.saturating_add(self.work_limit()));
         self.act(SourceAction::Send(Message::Commit));
         self.heard(now);
         self.state = State::AwaitRunning;

@@ -1,0 +1,69 @@
+//! A guest that was paused for the last pages does not stand still for as long as the destination likes.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::time::Duration;
+
+use common::source::{NOW, source_until};
+use pageferry::limits::{STANDSTILL_FACTOR, WORK_FACTOR};
+use pageferry::session::{Outcome, SourceAction, SourceInput, SourceSession};
+use pageferry::wire::Message;
+use pageferry::{Error, SourceConfig};
+
+/// What `SourceConfig::default` gives a destination to work without a sign of progress.
+fn work_limit() -> Duration {
+    SourceConfig::default().peer_timeout * WORK_FACTOR
+}
+
+/// Heartbeats that claim progress, one a second, until the session does something or `end`.
+fn claim_progress(session: &mut SourceSession, end: Duration) -> Option<(Duration, Vec<SourceAction>)> {
+    let mut now = NOW;
+    for received in 1.. {
+        now += Duration::from_secs(1);
+        session.handle(now, SourceInput::Message(Message::Heartbeat { received }));
+        let actions: Vec<_> = std::iter::from_fn(|| session.poll_action()).collect();
+        if !actions.is_empty() || now > end {
+            return (!actions.is_empty()).then_some((now, actions));
+        }
+    }
+    None
+}
+
+#[test]
+fn a_destination_that_only_claims_progress_does_not_hold_a_paused_guest() {
+    let mut session = source_until(|action| matches!(action, SourceAction::Send(Message::Finish(_))));
+    let (after, actions) = claim_progress(&mut session, Duration::from_secs(3600)).expect("an end");
+    // Next to nothing was predicted.
+    let limit = work_limit() + Duration::from_secs(1) * STANDSTILL_FACTOR;
+    assert!(after > work_limit() && after < NOW + limit, "after {after:?}");
+    assert!(actions.iter().any(|action| matches!(action, SourceAction::Resume)), "{actions:?}");
+    match session.into_parts().0 {
+        Some(Outcome::SourceOwns(error @ Error::StoodTooLong { .. })) => {
+            assert!(error.to_string().contains("it runs on here"), "{error}");
+        }
+        other => panic!("the guest is the source's: {other:?}"),
+    }
+}
+
+#[test]
+fn after_commit_a_destination_that_only_claims_progress_is_asked_who_owns_the_guest() {
+    let mut session = source_until(|action| matches!(action, SourceAction::Send(Message::Commit)));
+    let (after, actions) = claim_progress(&mut session, Duration::from_secs(3600)).expect("an end");
+    assert!(after >= work_limit() && after <= NOW + work_limit() + Duration::from_secs(1), "after {after:?}");
+    assert!(actions.iter().any(|action| matches!(action, SourceAction::DialSettle)), "{actions:?}");
+    assert!(!actions.iter().any(|action| matches!(action, SourceAction::Resume)), "{actions:?}");
+}
+
+#[test]
+fn what_the_source_itself_takes_is_no_reason_to_give_up() {
+    let mut session = source_until(|action| matches!(action, SourceAction::Save));
+    // Longer than any limit.
+    let saved = NOW + work_limit() * 100;
+    session.handle(saved, SourceInput::Saved { bytes: 0 });
+    let harvested = saved + work_limit() * 100;
+    session.handle(harvested, SourceInput::Harvested { dirty_pages: 0 });
+    assert!(session.outcome().is_none());
+    let timeout = session.poll_timeout().expect("it waits");
+    assert!(timeout > harvested, "{timeout:?}");
+}
