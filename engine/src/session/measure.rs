@@ -157,6 +157,7 @@ mod tests {
             save: ms(3),
             prepared: ms(120),
             committed: ms(121),
+            ..Standstill::default()
         };
         for (load_us, verify_us, resume_us) in [(1000, 500, 700), (u64::MAX / 2, 1, 0), (0, u64::MAX / 2, u64::MAX / 2)]
         {
