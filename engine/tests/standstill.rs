@@ -6,6 +6,7 @@ mod common;
 use std::time::Duration;
 
 use common::source::{NOW, source_until};
+use pageferry::encode::Tally;
 use pageferry::limits::{STANDSTILL_FACTOR, WORK_FACTOR};
 use pageferry::session::{Outcome, SourceAction, SourceInput, SourceSession};
 use pageferry::wire::Message;
@@ -43,6 +44,30 @@ fn a_destination_that_only_claims_progress_does_not_hold_a_paused_guest() {
             assert!(error.to_string().contains("it runs on here"), "{error}");
         }
         other => panic!("the guest is the source's: {other:?}"),
+    }
+}
+
+/// What was sent before the switch-over was forced says little about what is left.
+#[test]
+fn a_forced_switch_over_has_the_time_that_the_rest_takes_whole() {
+    let (pages, sent, rate) = (1 << 20, 100_000, 10 << 20);
+    let whole = Duration::from_secs(pages * 4096 / rate);
+    for wire_bytes in [rate, 0] {
+        let mut session = source_until(|action| matches!(action, SourceAction::SendRound { .. }));
+        let tally = Tally { pages: sent, wire_bytes, ..Tally::default() };
+        for input in [
+            SourceInput::SwitchOverNow,
+            SourceInput::RoundQueued,
+            SourceInput::RoundFlushed(tally),
+            SourceInput::Message(Message::RoundAck { round: 0 }),
+            SourceInput::Harvested { dirty_pages: pages },
+            SourceInput::Paused,
+            SourceInput::Harvested { dirty_pages: pages },
+        ] {
+            session.handle(NOW + Duration::from_secs(1), input);
+            while session.poll_action().is_some() {}
+        }
+        assert!(claim_progress(&mut session, NOW + whole).is_none(), "{:?}", session.into_parts().0);
     }
 }
 
