@@ -85,10 +85,25 @@ fn what_the_source_itself_takes_is_no_reason_to_give_up() {
     let mut session = source_until(|action| matches!(action, SourceAction::Save));
     // Longer than any limit.
     let saved = NOW + work_limit() * 100;
-    session.handle(saved, SourceInput::Saved { bytes: 0 });
+    session.handle(saved, SourceInput::Saved { bytes: 0, waited: Duration::ZERO });
     let harvested = saved + work_limit() * 100;
     session.handle(harvested, SourceInput::Harvested { dirty_pages: 0 });
     assert!(session.outcome().is_none());
     let timeout = session.poll_timeout().expect("it waits");
     assert!(timeout > harvested, "{timeout:?}");
+}
+
+#[test]
+fn a_destination_that_takes_the_machine_state_slowly_does_not_hold_a_paused_guest() {
+    for answers in [true, false] {
+        let mut session = source_until(|action| matches!(action, SourceAction::Save));
+        let patience = session.patience(NOW);
+        assert!(patience >= work_limit() && patience < work_limit() * 2, "{patience:?}");
+        // Whether it was all taken in the end, or given up.
+        let waited = SourceInput::Saved { bytes: 1 << 30, waited: patience };
+        session.handle(NOW + patience, if answers { waited } else { SourceInput::Tick });
+        let actions: Vec<_> = std::iter::from_fn(|| session.poll_action()).collect();
+        assert!(actions.iter().any(|action| matches!(action, SourceAction::Resume)), "{actions:?}");
+        assert!(matches!(session.into_parts().0, Some(Outcome::SourceOwns(Error::StoodTooLong { .. }))));
+    }
 }

@@ -48,9 +48,9 @@ impl SourceSession {
                 self.harvest(now, Point::Stopped, State::LastHarvest);
             }
             (State::LastHarvest, SourceInput::Harvested { dirty_pages }) => self.on_last_harvest(now, dirty_pages),
-            (State::Saving, SourceInput::Saved { bytes }) => {
+            (State::Saving, SourceInput::Saved { bytes, waited }) => {
                 self.standstill.save = now.saturating_sub(self.mark);
-                self.standstill.excuse(self.standstill.save);
+                self.standstill.excuse(self.standstill.save.saturating_sub(waited));
                 self.report.state_bytes = bytes;
                 self.harvest(now, Point::AfterSave, State::HarvestAfterSave);
             }
