@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use crate::limits::{
     BATCH_MEMORY, BATCHES_PER_ENCODER, BATCHES_PER_LANE, DUPLICATE_SLOTS_PER_PAGE, ENCODER_MEMORY, HASH_CHUNK_PAGES,
-    LANE_MEMORY, MAX_BATCHES, MAX_ENCODERS,
+    LANE_MEMORY, MAX_BATCHES, MAX_ENCODERS, MAX_PAGES, SESSION_MEMORY,
 };
 use crate::units::PAGE_SIZE;
 
@@ -116,7 +116,9 @@ impl SourceConfig {
     /// The most memory, in bytes, that the engine takes beside the guest's own: for a guest of so many pages, all with content.
     /// Pages that were never touched cost two bytes at most. With the defaults 256 MiB, 8 MiB per GiB of guest, and some
     /// for every core.
+    /// No layout has more than [`MAX_PAGES`].
     pub fn memory_bound(&self, pages: u64) -> u64 {
+        let pages = pages.min(MAX_PAGES);
         let index = if self.encode.duplicates { pages * DUPLICATE_SLOTS_PER_PAGE * 8 } else { 0 };
         let cache = self.encode.delta_cache.min(pages * PAGE_SIZE as u64);
         // An entry of the cache names its page, its content and its place.
@@ -125,7 +127,10 @@ impl SourceConfig {
         let lanes = u64::from(self.lanes.max(1));
         let batches = encoders * BATCHES_PER_ENCODER as u64 + lanes * BATCHES_PER_LANE as u64;
         let buffers = batches.min(MAX_BATCHES as u64) * BATCH_MEMORY;
-        page_memory(pages) + index + cache + buffers + encoders * ENCODER_MEMORY + lanes * LANE_MEMORY
+        // Lanes encode too while the link looks fast, and may still have batches to pack when it shows that it is not.
+        let packing_lanes = if self.encode.compress == Compress::Auto { lanes } else { 0 };
+        let encoding = (encoders + packing_lanes) * ENCODER_MEMORY;
+        page_memory(pages) + index + cache + buffers + encoding + lanes * LANE_MEMORY + SESSION_MEMORY
     }
 }
 
@@ -155,8 +160,34 @@ impl Default for DestinationConfig {
 
 impl DestinationConfig {
     /// The most memory, in bytes, that the engine takes beside the guest's own, for a guest of so many pages that comes over so
-    /// many data lanes.
+    /// many data lanes. The machine state comes on top, until the VMM has loaded it: as many bytes as the source sends, at most
+    /// [`MAX_STATE`](crate::limits::MAX_STATE).
     pub fn memory_bound(&self, pages: u64, lanes: u16) -> u64 {
-        page_memory(pages) + u64::from(lanes.max(1) + 1) * LANE_MEMORY
+        page_memory(pages.min(MAX_PAGES)) + (u64::from(lanes.max(1)) + 1) * LANE_MEMORY + SESSION_MEMORY
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_bound_is_given_for_any_guest_and_any_choice() {
+        let mut config = SourceConfig { lanes: u16::MAX, ..SourceConfig::default() };
+        config.encode.threads = u16::MAX;
+        config.encode.delta_cache = u64::MAX;
+        assert!(config.memory_bound(u64::MAX) > MAX_PAGES * PAGE_SIZE as u64);
+        assert!(DestinationConfig::default().memory_bound(u64::MAX, u16::MAX) > MAX_PAGES * 16);
+    }
+
+    #[test]
+    fn lanes_that_may_have_to_pack_count_as_encoders() {
+        let bound = |lanes, compress| {
+            let mut config = SourceConfig { lanes, ..SourceConfig::default() };
+            (config.encode.compress, config.encode.threads) = (compress, 1);
+            config.memory_bound(0)
+        };
+        assert!(bound(3, Compress::Auto) - bound(2, Compress::Auto) >= ENCODER_MEMORY);
+        assert!(bound(3, Compress::Off) - bound(2, Compress::Off) < ENCODER_MEMORY);
     }
 }

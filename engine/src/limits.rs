@@ -111,14 +111,18 @@ pub const HEARTBEAT: Duration = Duration::from_millis(500);
 /// Time between two attempts to ask who owns the guest.
 pub const SETTLE_RETRY: Duration = Duration::from_millis(500);
 
-/// Memory of a batch's buffers, in bytes: its payload, packed and not, and its records.
-pub const BATCH_MEMORY: u64 = 1 << 20;
+/// Memory of a batch's buffers, in bytes: its payload, packed and not, each with room to spare, and its records.
+pub const BATCH_MEMORY: u64 = (1 << 20) + (64 << 10);
 
 /// Memory of an encoder, in bytes: zstd's tables at the highest level, a payload, deltas.
 pub const ENCODER_MEMORY: u64 = 22 << 20;
 
-/// Memory of a lane, in bytes: a frame and a payload; at the source an encoder without zstd's tables.
+/// Memory of a lane, in bytes: a frame and a payload; at the source a batch of its own.
 pub const LANE_MEMORY: u64 = 4 << 20;
+
+/// Memory of a session, in bytes: machine state that waits for the control lane, the VM's description, the report of
+/// [`MAX_ROUNDS`] rounds, the first chunks of tables.
+pub const SESSION_MEMORY: u64 = 16 << 20;
 
 /// A peer that is alive may go this many times its silence limit without visible progress: the VMM
 /// makes room, loads state, or a very slow link is busy with one frame.

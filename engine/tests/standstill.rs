@@ -6,6 +6,7 @@ mod common;
 use std::time::Duration;
 
 use common::source::{NOW, source_until};
+use pageferry::encode::Tally;
 use pageferry::limits::{STANDSTILL_FACTOR, WORK_FACTOR};
 use pageferry::session::{Outcome, SourceAction, SourceInput, SourceSession};
 use pageferry::wire::Message;
@@ -46,6 +47,30 @@ fn a_destination_that_only_claims_progress_does_not_hold_a_paused_guest() {
     }
 }
 
+/// What was sent before the switch-over was forced says little about what is left.
+#[test]
+fn a_forced_switch_over_has_the_time_that_the_rest_takes_whole() {
+    let (pages, sent, rate) = (1 << 20, 100_000, 10 << 20);
+    let whole = Duration::from_secs(pages * 4096 / rate);
+    for wire_bytes in [rate, 0] {
+        let mut session = source_until(|action| matches!(action, SourceAction::SendRound { .. }));
+        let tally = Tally { pages: sent, wire_bytes, ..Tally::default() };
+        for input in [
+            SourceInput::SwitchOverNow,
+            SourceInput::RoundQueued,
+            SourceInput::RoundFlushed(tally),
+            SourceInput::Message(Message::RoundAck { round: 0 }),
+            SourceInput::Harvested { dirty_pages: pages },
+            SourceInput::Paused,
+            SourceInput::Harvested { dirty_pages: pages },
+        ] {
+            session.handle(NOW + Duration::from_secs(1), input);
+            while session.poll_action().is_some() {}
+        }
+        assert!(claim_progress(&mut session, NOW + whole).is_none(), "{:?}", session.into_parts().0);
+    }
+}
+
 #[test]
 fn after_commit_a_destination_that_only_claims_progress_is_asked_who_owns_the_guest() {
     let mut session = source_until(|action| matches!(action, SourceAction::Send(Message::Commit)));
@@ -60,10 +85,25 @@ fn what_the_source_itself_takes_is_no_reason_to_give_up() {
     let mut session = source_until(|action| matches!(action, SourceAction::Save));
     // Longer than any limit.
     let saved = NOW + work_limit() * 100;
-    session.handle(saved, SourceInput::Saved { bytes: 0 });
+    session.handle(saved, SourceInput::Saved { bytes: 0, waited: Duration::ZERO });
     let harvested = saved + work_limit() * 100;
     session.handle(harvested, SourceInput::Harvested { dirty_pages: 0 });
     assert!(session.outcome().is_none());
     let timeout = session.poll_timeout().expect("it waits");
     assert!(timeout > harvested, "{timeout:?}");
+}
+
+#[test]
+fn a_destination_that_takes_the_machine_state_slowly_does_not_hold_a_paused_guest() {
+    for answers in [true, false] {
+        let mut session = source_until(|action| matches!(action, SourceAction::Save));
+        let patience = session.patience(NOW);
+        assert!(patience >= work_limit() && patience < work_limit() * 2, "{patience:?}");
+        // Whether it was all taken in the end, or given up.
+        let waited = SourceInput::Saved { bytes: 1 << 30, waited: patience };
+        session.handle(NOW + patience, if answers { waited } else { SourceInput::Tick });
+        let actions: Vec<_> = std::iter::from_fn(|| session.poll_action()).collect();
+        assert!(actions.iter().any(|action| matches!(action, SourceAction::Resume)), "{actions:?}");
+        assert!(matches!(session.into_parts().0, Some(Outcome::SourceOwns(Error::StoodTooLong { .. }))));
+    }
 }

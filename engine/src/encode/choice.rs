@@ -183,7 +183,8 @@ impl LevelChooser {
     /// would take longer than the bytes it saves, on any link that is not saturated for long.
     pub fn choose(&self, urgent: bool) -> Choice {
         let mut state = self.lock();
-        let admits = state.can_admit(self.encoders, self.lanes);
+        let easy = if self.fixed == Some(Level::Raw) { 0 } else { REFERENCE };
+        let admits = state.can_admit(easy, self.encoders, self.lanes);
         let slow = state.link_ns / self.lanes > SEEK_NS;
         if let Some(level) = self.fixed {
             let seeks = slow || level != Level::Raw;
@@ -284,11 +285,11 @@ impl State {
         }
     }
 
-    /// Whether encoders have the time to keep pages that are sent for the first time, even at an easy level. What
+    /// Whether encoders have the time to keep pages that are sent for the first time, at an `easy` level. What
     /// the guest writes again meanwhile is few, mostly; where encoders have no time to lose it costs more than it saves.
-    fn can_admit(&self, encoders: f64, lanes: f64) -> bool {
-        let sending = self.ratio_at(REFERENCE) * self.link_ns / lanes;
-        self.encode_time(REFERENCE, encoders) + ADMISSION_NS / encoders < sending * AMPLE
+    fn can_admit(&self, easy: usize, encoders: f64, lanes: f64) -> bool {
+        let sending = self.ratio_at(easy) * self.link_ns / lanes;
+        self.encode_time(easy, encoders) + ADMISSION_NS / encoders < sending * AMPLE
     }
 
     fn ratio_at(&self, rung: usize) -> f64 {
@@ -546,6 +547,15 @@ mod tests {
         let chooser = LevelChooser::new(Compress::Level(99), 1, 1);
         assert_eq!(chooser.choose(false).level, Level::Zstd(super::super::MAX_LEVEL));
         assert_eq!(LevelChooser::new(Compress::Off, 1, 1).choose(false).level, Level::Raw);
+    }
+
+    #[test]
+    fn who_does_not_pack_has_time_to_keep_pages_on_a_link_of_a_gigabit() {
+        for (compress, admits) in [(Compress::Off, true), (Compress::Level(1), false)] {
+            let chooser = LevelChooser::new(compress, 1, 1);
+            chooser.lock().link_ns = 8.0;
+            assert_eq!(chooser.choose(false).admits, admits, "{compress:?}");
+        }
     }
 
     #[test]

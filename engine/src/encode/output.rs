@@ -200,3 +200,19 @@ pub(crate) fn checksum(header: &Header, head: &[u8], hashes: &[PageHash]) -> u64
         }
     })
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::limits::BATCH_MEMORY;
+
+    #[test]
+    fn a_batch_takes_no_more_memory_than_is_said() {
+        let payload = MAX_PAYLOAD + PAGE_SIZE;
+        let packed = zstd::zstd_safe::compress_bound(MAX_PAYLOAD);
+        let page = size_of::<Record>() + size_of::<PageHash>() + size_of::<PageRun>();
+        // Lists grow by doubling.
+        let lists = 2 * MAX_BATCH_PAGES * page;
+        assert!((payload + packed + lists) as u64 <= BATCH_MEMORY);
+    }
+}

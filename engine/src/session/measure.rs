@@ -50,6 +50,14 @@ impl Forecast {
         HANDOVER_OVERHEAD + self.time_for(bytes)
     }
 
+    /// Downtime that must be granted to a switch-over that was forced: what is left may be unlike anything sent before,
+    /// and little may have been sent. `rate` is the slowest link that may be supposed, in bytes per second.
+    pub(super) fn longest_downtime(&self, dirty_pages: u64, state_bytes: u64, rate: u64) -> Duration {
+        let bytes = dirty_pages as f64 * PAGE_SIZE as f64 + state_bytes as f64;
+        let rate = if self.told { self.wire_rate.max(1.0) } else { rate.max(1) as f64 };
+        HANDOVER_OVERHEAD + Duration::from_secs_f64((bytes / rate).min(1e9))
+    }
+
     /// How many pages can be sent within a time; 0 until a round has told.
     pub(super) fn pages_within(&self, time: Duration) -> u64 {
         if !self.told {

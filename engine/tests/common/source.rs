@@ -57,7 +57,7 @@ pub fn source_answers(action: &SourceAction) -> Vec<SourceInput> {
         ],
         SourceAction::Harvest(_) => vec![SourceInput::Harvested { dirty_pages: 0 }],
         SourceAction::Pause => vec![SourceInput::Paused],
-        SourceAction::Save => vec![SourceInput::Saved { bytes: 0 }],
+        SourceAction::Save => vec![SourceInput::Saved { bytes: 0, waited: Duration::ZERO }],
         SourceAction::Step(Step::BeforeHandover) => vec![SourceInput::StepDone],
         _ => Vec::new(),
     }

@@ -67,9 +67,9 @@ impl Runs {
         if all || key.mover.starts_with(QEMU_PREFIX) { self.median(key, part) } else { f64::NAN }
     }
 
-    /// The most of one number of all runs of a key; NaN if there was none.
+    /// The most of one number of all runs of a key; NaN if there was none, or one did not say.
     pub(super) fn most(&self, key: &Key, part: impl Fn(&Moved) -> f64) -> f64 {
-        self.of(key).iter().map(part).fold(f64::NAN, f64::max)
+        self.of(key).iter().map(part).max_by(f64::total_cmp).unwrap_or(f64::NAN)
     }
 
     fn goodput(&self, rate: &str) -> f64 {
@@ -238,6 +238,16 @@ pub(super) mod tests {
         assert!((figure(&outcome, "1gbit mix fast: wire, of slow") - 200.0 / 600.0).abs() < 1e-9);
         assert!((figure(&outcome, "1gbit mix fast: time over wire time") - 3.0 / (200.0 / 100.0)).abs() < 1e-9);
         assert!(!outcome.json().contains("of fast"));
+    }
+
+    #[test]
+    fn the_most_is_not_known_while_one_run_did_not_say() {
+        let (mut runs, key) = (runs(), key("mix", "fast"));
+        assert!((runs.most(&key, |moved| beside(&moved.source)) - (1 << 20) as f64).abs() < 1e-9);
+        let mut silent = moved(2.0, 100, true);
+        silent.source.beside_guest_bytes = None;
+        runs.add(key.clone(), silent);
+        assert!(runs.most(&key, |moved| beside(&moved.source)).is_nan());
     }
 
     #[test]

@@ -126,7 +126,7 @@ impl SourceHost {
         for piece in state.chunks(STATE_CHUNK) {
             self.send(ctx, Message::State(piece.to_vec()));
         }
-        Ok(SourceInput::Saved { bytes: state.len() as u64 })
+        Ok(SourceInput::Saved { bytes: state.len() as u64, waited: Duration::ZERO })
     }
 
     pub(super) fn step(&mut self, step: Step) -> Option<SourceInput> {

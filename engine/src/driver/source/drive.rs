@@ -371,13 +371,15 @@ impl<'a> Driver<'a> {
     pub(super) fn save(&mut self) {
         let Some(messages) = self.messages.clone() else { return };
         let control = self.control.clone();
-        let mut writer = StateWriter { messages, control, buffer: Vec::new(), bytes: 0, overtaken: false };
+        let patience = self.session.patience(self.started.elapsed());
+        let (buffer, waited) = (Vec::new(), Duration::ZERO);
+        let mut writer = StateWriter { messages, control, buffer, bytes: 0, waited, patience, overtaken: false };
         let saved = self.vm.save(&mut writer).and_then(|()| Ok(writer.send()?));
         if writer.overtaken {
             return;
         }
-        let bytes = writer.bytes;
-        self.tell_result("save the machine state", saved.map(|()| SourceInput::Saved { bytes }));
+        let (bytes, waited) = (writer.bytes, writer.waited);
+        self.tell_result("save the machine state", saved.map(|()| SourceInput::Saved { bytes, waited }));
     }
 
     // ---- planning ----

@@ -1,7 +1,7 @@
 //! The machine state on its way to the control lane.
 
 use std::io;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam_channel::Sender;
 
@@ -15,7 +15,10 @@ pub(super) struct StateWriter {
     pub(super) control: Control,
     pub(super) buffer: Vec<u8>,
     pub(super) bytes: u64,
-    /// The lane has ended, or the user has cancelled: the driver hears of it elsewhere.
+    /// How long it has waited for the lane, and how long it may.
+    pub(super) waited: Duration,
+    pub(super) patience: Duration,
+    /// The lane has ended, the user has cancelled, or the guest has waited too long: the driver and the session know.
     pub(super) overtaken: bool,
 }
 
@@ -26,11 +29,18 @@ impl StateWriter {
         }
         // The lane's own end wakes nobody here: a lane that is stuck ends after the peer timeout.
         while self.messages.len() > MAX_STATE_PIECES {
-            if self.control.is_cancelled() {
-                self.overtaken = true;
-                return Err(io::Error::other("the migration was cancelled"));
-            }
-            std::thread::sleep(Duration::from_millis(1));
+            let reason = match () {
+                () if self.control.is_cancelled() => "the migration was cancelled",
+                () if self.waited >= self.patience => "the destination takes the machine state too slowly",
+                () => {
+                    let began = Instant::now();
+                    std::thread::sleep(Duration::from_millis(1));
+                    self.waited += began.elapsed();
+                    continue;
+                }
+            };
+            self.overtaken = true;
+            return Err(io::Error::other(reason));
         }
         let piece = std::mem::take(&mut self.buffer);
         self.messages.send(Message::State(piece)).map_err(|_| {
@@ -56,5 +66,33 @@ impl io::Write for StateWriter {
 
     fn flush(&mut self) -> io::Result<()> {
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use crossbeam_channel::unbounded;
+
+    use super::*;
+
+    #[test]
+    fn a_lane_that_takes_nothing_does_not_hold_the_guest_for_ever() {
+        let (messages, lane) = unbounded();
+        let patience = Duration::from_millis(5);
+        let control = Control::new();
+        let mut writer = StateWriter {
+            messages,
+            control,
+            buffer: Vec::new(),
+            bytes: 0,
+            waited: Duration::ZERO,
+            patience,
+            overtaken: false,
+        };
+        assert!(writer.write_all(&vec![7; STATE_CHUNK * (MAX_STATE_PIECES + 2)]).is_err());
+        assert!(writer.overtaken && writer.waited >= patience);
+        assert_eq!(lane.len(), MAX_STATE_PIECES + 1);
     }
 }

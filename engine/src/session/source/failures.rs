@@ -135,6 +135,11 @@ impl SourceSession {
                 self.lose_link(now, error);
                 self.check_settling(now);
             }
+            // Before the others: nobody could be heard while the state was saved.
+            _ if now >= self.standstill_deadline() => {
+                let (stood, predicted) = (now.saturating_sub(self.standstill.paused), self.standstill.predicted);
+                self.fail(now, Error::StoodTooLong { peer: self.peer.clone(), stood, predicted });
+            }
             _ if now >= self.silence_deadline() => {
                 let error = self.silent("said anything", now.saturating_sub(self.last_heard));
                 self.fail(now, error);
@@ -142,10 +147,6 @@ impl SourceSession {
             _ if now >= self.stall_deadline() => {
                 let error = self.silent("made any progress", now.saturating_sub(self.last_progress));
                 self.fail(now, error);
-            }
-            _ if now >= self.standstill_deadline() => {
-                let (stood, predicted) = (now.saturating_sub(self.standstill.paused), self.standstill.predicted);
-                self.fail(now, Error::StoodTooLong { peer: self.peer.clone(), stood, predicted });
             }
             _ if self.guest_runs() && now >= self.setup.config.timeout => self.time_out(now),
             _ if self.watches_round() && now >= self.harvest_due => {

@@ -73,6 +73,8 @@ pub enum SourceInput {
     Saved {
         /// Its length.
         bytes: u64,
+        /// How long that had to wait for the control lane to take what was saved.
+        waited: Duration,
     },
     /// All memory was re-hashed.
     FullDigest(Digest),

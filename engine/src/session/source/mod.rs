@@ -179,6 +179,12 @@ impl SourceSession {
         }
     }
 
+    /// How long whoever performs `Save` may wait for the control lane; then it gives up without an answer, and the next
+    /// `handle` ends the migration.
+    pub fn patience(&self, now: Duration) -> Duration {
+        self.standstill_deadline().saturating_sub(now)
+    }
+
     /// How it ended; `None` while it runs. Perform the remaining actions first.
     pub fn outcome(&self) -> Option<&Outcome> {
         if self.actions.is_empty() { self.outcome.as_ref() } else { None }

@@ -9,7 +9,7 @@ use crate::converge::{Decision, Situation};
 use crate::dirty::Point;
 use crate::encode::Tally;
 use crate::error::Error;
-use crate::limits::{HARVEST_EVERY, HARVEST_REST, HOLD_SHARE, MAX_ROUNDS, SETTLE_RETRY};
+use crate::limits::{HARVEST_EVERY, HARVEST_REST, HOLD_SHARE, MAX_ROUNDS, MIN_BANDWIDTH, SETTLE_RETRY};
 use crate::stats::Event;
 use crate::vm::Step;
 use crate::wire::{Finish, GreetingRole, Message};
@@ -48,9 +48,9 @@ impl SourceSession {
                 self.harvest(now, Point::Stopped, State::LastHarvest);
             }
             (State::LastHarvest, SourceInput::Harvested { dirty_pages }) => self.on_last_harvest(now, dirty_pages),
-            (State::Saving, SourceInput::Saved { bytes }) => {
+            (State::Saving, SourceInput::Saved { bytes, waited }) => {
                 self.standstill.save = now.saturating_sub(self.mark);
-                self.standstill.excuse(self.standstill.save);
+                self.standstill.excuse(self.standstill.save.saturating_sub(waited));
                 self.report.state_bytes = bytes;
                 self.harvest(now, Point::AfterSave, State::HarvestAfterSave);
             }
@@ -157,6 +157,11 @@ impl SourceSession {
             self.setup.policy.decide(&round, &situation)
         };
         match decision {
+            Decision::SwitchOver if self.switch_forced => {
+                let state = self.setup.state_bytes_estimate;
+                let longest = self.forecast.longest_downtime(dirty_pages, state, MIN_BANDWIDTH);
+                self.order_pause(now, predicted_downtime.max(longest));
+            }
             Decision::SwitchOver => self.order_pause(now, predicted_downtime),
             Decision::AnotherRound => self.begin_running_round(now),
             Decision::Throttle(percent) => {
