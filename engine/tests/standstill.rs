@@ -100,10 +100,19 @@ fn a_destination_that_takes_the_machine_state_slowly_does_not_hold_a_paused_gues
         let patience = session.patience(NOW);
         assert!(patience >= work_limit() && patience < work_limit() * 2, "{patience:?}");
         // Whether it was all taken in the end, or given up.
-        let waited = SourceInput::Saved { bytes: 1 << 30, waited: patience };
-        session.handle(NOW + patience, if answers { waited } else { SourceInput::Tick });
+        let (bytes, end) = (4096, NOW + patience + session.patience_for(4096));
+        let waited = SourceInput::Saved { bytes, waited: end - NOW };
+        session.handle(end, if answers { waited } else { SourceInput::Tick });
         let actions: Vec<_> = std::iter::from_fn(|| session.poll_action()).collect();
         assert!(actions.iter().any(|action| matches!(action, SourceAction::Resume)), "{actions:?}");
         assert!(matches!(session.into_parts().0, Some(Outcome::SourceOwns(Error::StoodTooLong { .. }))));
     }
+}
+
+#[test]
+fn a_state_longer_than_the_vmm_had_said_may_take_its_time() {
+    let mut session = source_until(|action| matches!(action, SourceAction::Save));
+    let end = NOW + session.patience(NOW) + session.patience_for(1 << 30) / 2;
+    session.handle(end, SourceInput::Saved { bytes: 1 << 30, waited: end - NOW });
+    assert!(session.outcome().is_none());
 }

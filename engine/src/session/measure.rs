@@ -67,7 +67,8 @@ impl Forecast {
         (self.wire_rate * time.as_secs_f64() / per_page) as u64
     }
 
-    fn time_for(&self, bytes: f64) -> Duration {
+    /// Time that bytes take on the link.
+    pub(super) fn time_for(&self, bytes: f64) -> Duration {
         let rate = if self.told { self.wire_rate.max(1.0) } else { self.wire_rate.max(UNKNOWN_RATE) };
         Duration::from_secs_f64((bytes / rate).min(1e9))
     }

@@ -20,7 +20,7 @@ use crate::dirty::{Accumulator, DirtySink, Point};
 use crate::encode::{EncodedBatch, Shared, Tally, populated_runs};
 use crate::error::{Error, Failed, Unsettled};
 use crate::host::{Control, Joiner};
-use crate::limits::FAREWELL;
+use crate::limits::{FAREWELL, STATE_CHUNK};
 use crate::memory::GuestMemory;
 use crate::session::{Outcome, SourceAction, SourceInput, SourceSession};
 use crate::stats::{Event, Report, Stages};
@@ -372,8 +372,16 @@ impl<'a> Driver<'a> {
         let Some(messages) = self.messages.clone() else { return };
         let control = self.control.clone();
         let patience = self.session.patience(self.started.elapsed());
-        let (buffer, waited) = (Vec::new(), Duration::ZERO);
-        let mut writer = StateWriter { messages, control, buffer, bytes: 0, waited, patience, overtaken: false };
+        let mut writer = StateWriter {
+            messages,
+            control,
+            buffer: Vec::new(),
+            bytes: 0,
+            waited: Duration::ZERO,
+            patience,
+            patience_per_piece: self.session.patience_for(STATE_CHUNK as u64),
+            overtaken: false,
+        };
         let saved = self.vm.save(&mut writer).and_then(|()| Ok(writer.send()?));
         if writer.overtaken {
             return;

@@ -155,6 +155,8 @@ fn receive_messages(mut lane: NumberedReceiver, generation: u64, events: &Sender
         let message =
             lane.receive(&mut frame).and_then(|()| Message::decode(&frame).map_err(|source| lane.name.invalid(source)));
         let event = match message {
+            // No destination says that. Its length is not to wait here until the session finds out.
+            Ok(Message::State(_)) => ControlEvent::Message(Message::State(Vec::new())),
             Ok(message) => ControlEvent::Message(message),
             Err(error) => ControlEvent::Broken(error),
         };

@@ -18,6 +18,8 @@ pub(super) struct StateWriter {
     /// How long it has waited for the lane, and how long it may.
     pub(super) waited: Duration,
     pub(super) patience: Duration,
+    /// By how much a piece of state adds to that.
+    pub(super) patience_per_piece: Duration,
     /// The lane has ended, the user has cancelled, or the guest has waited too long: the driver and the session know.
     pub(super) overtaken: bool,
 }
@@ -42,6 +44,7 @@ impl StateWriter {
             self.overtaken = true;
             return Err(io::Error::other(reason));
         }
+        self.patience = self.patience.saturating_add(self.patience_per_piece);
         let piece = std::mem::take(&mut self.buffer);
         self.messages.send(Message::State(piece)).map_err(|_| {
             self.overtaken = true;
@@ -89,6 +92,7 @@ mod tests {
             bytes: 0,
             waited: Duration::ZERO,
             patience,
+            patience_per_piece: Duration::ZERO,
             overtaken: false,
         };
         assert!(writer.write_all(&vec![7; STATE_CHUNK * (MAX_STATE_PIECES + 2)]).is_err());

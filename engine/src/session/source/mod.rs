@@ -19,6 +19,7 @@ use super::measure::{Forecast, OpenRound, Standstill};
 use crate::digest::Digest;
 use crate::encode::Tally;
 use crate::error::Error;
+use crate::limits::STANDSTILL_FACTOR;
 use crate::stats::Report;
 use crate::wire::{Greeting, GreetingRole, Message, PROTOCOL_MAX, PROTOCOL_MIN, Prepared};
 
@@ -183,6 +184,11 @@ impl SourceSession {
     /// `handle` ends the migration.
     pub fn patience(&self, now: Duration) -> Duration {
         self.standstill_deadline().saturating_sub(now)
+    }
+
+    /// How much longer it may wait for every so many bytes of state: how long the state is, the VMM knows last.
+    pub fn patience_for(&self, state_bytes: u64) -> Duration {
+        self.forecast.time_for(state_bytes as f64).saturating_mul(STANDSTILL_FACTOR)
     }
 
     /// How it ended; `None` while it runs. Perform the remaining actions first.

@@ -51,6 +51,7 @@ impl SourceSession {
             (State::Saving, SourceInput::Saved { bytes, waited }) => {
                 self.standstill.save = now.saturating_sub(self.mark);
                 self.standstill.excuse(self.standstill.save.saturating_sub(waited));
+                self.standstill.excuse(self.patience_for(bytes));
                 self.report.state_bytes = bytes;
                 self.harvest(now, Point::AfterSave, State::HarvestAfterSave);
             }
