@@ -89,6 +89,17 @@ impl Bench {
             expect(hashes.filter(|hash| *hash == first).count() == 1, "hashes repeat themselves")
         })?;
         let repeating = 0x0706_0504_0302_0100u64.to_le_bytes().repeat(BATCH / 8);
+        let base: &[[u8; PAGE]] = random.as_chunks().0;
+        for (name, share) in [("few words", 0.01), ("20 % of words", 0.2)] {
+            let (new, mut deltas) =
+                (changed_words(base, share), Vec::with_capacity(MAX_BATCH_PAGES * delta::MAX_DELTA));
+            self.speed(outcome, &format!("delta encode, {name}, private buffer"), |_| {
+                deltas.clear();
+                let pairs = black_box(base).iter().zip(black_box(&new));
+                let encoded = pairs.filter(|(base, new)| delta::encode(base, new, &mut deltas).is_some()).count();
+                expect(encoded == MAX_BATCH_PAGES, "pages that changed little have a delta")
+            })?;
+        }
         for (name, bytes, hits) in [("hit", &repeating, MAX_BATCH_PAGES), ("miss", &random, 0)] {
             self.speed(outcome, &format!("repeated word, {name}, private buffer"), |_| {
                 let found = black_box(bytes).as_chunks().0.iter().filter_map(repeated_word).count();

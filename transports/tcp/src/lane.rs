@@ -29,14 +29,20 @@ const MAX_PARTS: usize = 1024;
 pub fn lane_from_fd(fd: impl Into<OwnedFd>, options: &TcpOptions) -> Result<Box<dyn Lane>, TransportError> {
     let fd = fd.into();
     let name = format!("file descriptor {}", fd.as_raw_fd());
-    let lane = adopt(fd.into(), &name, options);
-    match lane {
+    lane_over(fd, format!("the peer at {name}"), options)
+}
+
+/// The same, with a name for the peer where the socket's address is none.
+pub fn lane_over(fd: impl Into<OwnedFd>, peer: String, options: &TcpOptions) -> Result<Box<dyn Lane>, TransportError> {
+    let fd = fd.into();
+    let name = format!("a lane over file descriptor {}", fd.as_raw_fd());
+    match adopt(fd.into(), peer, options) {
         Ok(lane) => Ok(Box::new(lane)),
-        Err(source) => Err(TransportError::Option { option: format!("a lane over {name}"), source }),
+        Err(source) => Err(TransportError::Option { option: name, source }),
     }
 }
 
-fn adopt(socket: Socket, name: &str, options: &TcpOptions) -> io::Result<SocketLane> {
+fn adopt(socket: Socket, peer: String, options: &TcpOptions) -> io::Result<SocketLane> {
     if socket.r#type()? != Type::STREAM {
         return Err(LaneFailure::NotAStream.into());
     }
@@ -47,7 +53,7 @@ fn adopt(socket: Socket, name: &str, options: &TcpOptions) -> io::Result<SocketL
     if matches!(socket.domain()?, Domain::IPV4 | Domain::IPV6) {
         options.apply(&socket)?;
     }
-    let peer = address.as_socket().map_or_else(|| format!("the peer at {name}"), |address| address.to_string());
+    let peer = address.as_socket().map_or(peer, |address| address.to_string());
     Ok(SocketLane::new(socket, peer))
 }
 

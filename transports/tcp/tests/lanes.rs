@@ -1,16 +1,14 @@
-//! What a lane carries, and how it ends.
+//! What lanes over stream sockets do beyond what every transport does.
 
 mod common;
 
-use std::io::{self, IoSlice, Write};
+use std::io::{self, Write};
 use std::net::{TcpListener, TcpStream, UdpSocket};
 use std::os::unix::net::UnixStream;
 use std::time::Duration;
 
 use common::{body, dialer, frame, in_time, joined, listener, receive, send};
-use pageferry::limits::MAX_FRAME_BODY;
 use pageferry::transport::{Acceptor, Dialer, LaneHalves, LaneRole, ReadyLanes};
-use pageferry::wire::FrameBuffer;
 use pageferry_tcp::{TcpOptions, lane_from_fd};
 
 /// Sends `count` frames of the given lengths in turn, receives them meanwhile, compares.
@@ -34,41 +32,6 @@ fn exchange(lane: LaneHalves, count: u64, lens: &'static [usize]) {
 /// One direction of a pair of joined lanes.
 fn one_way((near, far): (LaneHalves, LaneHalves)) -> LaneHalves {
     LaneHalves { sender: near.sender, receiver: far.receiver, closer: near.closer }
-}
-
-#[test]
-fn big_frames_arrive_intact() {
-    exchange(one_way(joined()), 64, &[MAX_FRAME_BODY, 512 << 10, (512 << 10) + 700, 65_537]);
-}
-
-#[test]
-fn many_small_frames_arrive_intact() {
-    exchange(one_way(joined()), 20_000, &[0, 1, 31, 32, 33, 447, 480, 481, 2000]);
-}
-
-#[test]
-fn small_and_big_frames_mix() {
-    exchange(one_way(joined()), 300, &[0, 300_000, 5, 479, 480, 481, 4096, 1]);
-}
-
-#[test]
-fn a_frame_in_more_parts_than_one_call_takes_arrives_intact() {
-    let (mut near, mut far) = joined();
-    let frame = frame(7, &body(7, 5000));
-    let mut parts: Vec<_> = frame.chunks(2).map(IoSlice::new).collect();
-    assert!(parts.len() > 2000);
-    near.sender.send(&mut parts).unwrap();
-    assert_eq!(receive(&mut far.receiver).unwrap(), (7, body(7, 5000)));
-}
-
-#[test]
-fn lanes_carry_both_ways_at_once() {
-    let (near, far) = joined();
-    let straight = LaneHalves { sender: near.sender, receiver: far.receiver, closer: near.closer };
-    let back = LaneHalves { sender: far.sender, receiver: near.receiver, closer: far.closer };
-    let other = std::thread::spawn(|| exchange(straight, 100, &[200_000]));
-    exchange(back, 100, &[200_000, 10]);
-    other.join().unwrap();
 }
 
 #[test]
@@ -112,35 +75,6 @@ fn bytes_that_are_no_frame_are_invalid_data() {
     let mut far = lane_from_fd(second, &TcpOptions::default()).unwrap().split().unwrap();
     first.write_all(b"GET / HTTP/1.1\r\nHost: migration.example\r\n\r\n").unwrap();
     assert_eq!(receive(&mut far.receiver).unwrap_err().kind(), io::ErrorKind::InvalidData);
-}
-
-#[test]
-fn closing_ends_a_blocked_send_and_a_blocked_receive_of_a_stuck_peer() {
-    let (near, far) = joined();
-    let LaneHalves { mut sender, mut receiver, closer } = near;
-    let (sent, progress) = std::sync::mpsc::channel();
-    let sending = std::thread::spawn(move || {
-        loop {
-            if let Err(error) = send(&mut sender, 0, &body(0, MAX_FRAME_BODY)) {
-                return error;
-            }
-            sent.send(()).unwrap();
-        }
-    });
-    let receiving = std::thread::spawn(move || receiver.receive(&mut FrameBuffer::new()).unwrap_err());
-    // The peer reads nothing: when no frame has gone through for a while, the sender is stuck.
-    while progress.recv_timeout(Duration::from_millis(300)).is_ok() {}
-    closer.close();
-    closer.close();
-    in_time(move || (sending.join().unwrap(), receiving.join().unwrap()));
-    drop(far);
-}
-
-#[test]
-fn the_peer_notices_a_close() {
-    let (near, mut far) = joined();
-    near.closer.close();
-    assert_eq!(in_time(move || receive(&mut far.receiver)).unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
 }
 
 #[test]

@@ -243,7 +243,7 @@ pub(super) mod tests {
     #[test]
     fn the_most_is_not_known_while_one_run_did_not_say() {
         let (mut runs, key) = (runs(), key("mix", "fast"));
-        assert!((runs.most(&key, |moved| beside(&moved.source)) - (1 << 20) as f64).abs() < 1e-9);
+        assert!((runs.most(&key, |moved| beside(&moved.source)) - f64::from(1 << 20)).abs() < 1e-9);
         let mut silent = moved(2.0, 100, true);
         silent.source.beside_guest_bytes = None;
         runs.add(key.clone(), silent);

@@ -11,8 +11,8 @@ use pageferry::vm::VmError;
 
 use super::operator::{Operator, Wish};
 use super::send::{Way, became_ready, migrate};
-use super::{afterwards, ended_early, guests, not_started};
-use crate::cli::{DemoOptions, ExitStatus, LingerTime};
+use super::{afterwards, ended_early, guests, links, not_started};
+use crate::cli::{Address, DemoOptions, ExitStatus, LingerTime};
 use crate::progress::{JsonEvent, Screen};
 use crate::report::{FinalReport, Owner, Role};
 
@@ -49,7 +49,8 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     let linger = LingerTime::For(options.linger);
     let way =
         Way { role: Role::Demo, limits: &options.limits, lane: &options.lane, encoding: &options.encoding, linger };
-    let mut report = migrate(&mut guest, &address, &way, screen, &operator);
+    let dialer = links::dialer(&address, &options.lane, options.limits.peer_timeout)?;
+    let mut report = migrate(&mut guest, &dialer, &way, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, linger, &mut report);
     }
@@ -109,10 +110,10 @@ impl Destination {
     }
 
     /// Where it listens.
-    fn address(&self) -> Result<String, VmError> {
+    fn address(&self) -> Result<Address, VmError> {
         loop {
             match self.lines.recv_timeout(START) {
-                Ok(Line::Event(JsonEvent::Listening { address })) => return Ok(address),
+                Ok(Line::Event(JsonEvent::Listening { address })) => return Ok(address.parse()?),
                 Ok(Line::Event(_)) => {}
                 Ok(Line::Report(report)) => return Err(report.error.unwrap_or_default().into()),
                 Err(RecvTimeoutError::Timeout) => return Err("the destination process does not listen".into()),

@@ -6,6 +6,7 @@ mod demo;
 mod export;
 mod gentle;
 mod guests;
+mod links;
 mod operator;
 mod parent;
 mod receive;

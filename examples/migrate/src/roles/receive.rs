@@ -4,12 +4,12 @@ use std::sync::Arc;
 
 use pageferry::Destination;
 use pageferry::config::DestinationConfig;
-use pageferry_tcp::{TcpAcceptor, TcpOptions};
+use pageferry::transport::Acceptor;
 
 use super::guests::{AnyDestination, Place};
 use super::operator::Operator;
 use super::settle::settle;
-use super::{afterwards, not_started, parent};
+use super::{afterwards, links, not_started, parent};
 use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
 use crate::machine::Allowance;
 use crate::progress::Screen;
@@ -29,8 +29,8 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
         parent::end_with(parent)?;
     }
     let operator = Operator::listen(false)?;
-    let acceptor = Arc::new(TcpAcceptor::bind(&options.listen, tcp_options(options))?);
-    screen.listening(&acceptor.local_addr().to_string());
+    let (acceptor, local) = links::acceptor(&options.listen, options.interface.as_ref(), options.peer_timeout)?;
+    screen.listening(&local.to_string());
     let mut guest = AnyDestination::new(place(options), Arc::clone(screen));
     let mut report = take_in(&mut guest, options, &acceptor, screen, &operator);
     if report.owner == Owner::Destination {
@@ -52,17 +52,10 @@ fn place(options: &ReceiveOptions) -> Place {
     Place { backing: options.backing, allowance, prefault: options.prefault }
 }
 
-fn tcp_options(options: &ReceiveOptions) -> TcpOptions {
-    let mut tcp = TcpOptions::default();
-    tcp.interface.clone_from(&options.interface);
-    tcp.dead_peer_after = options.peer_timeout;
-    tcp
-}
-
 fn take_in(
     guest: &mut AnyDestination,
     options: &ReceiveOptions,
-    acceptor: &Arc<TcpAcceptor>,
+    acceptor: &Arc<dyn Acceptor>,
     screen: &Arc<Screen>,
     operator: &Operator,
 ) -> FinalReport {
@@ -72,10 +65,10 @@ fn take_in(
     config.peer_timeout = options.peer_timeout;
     config.settle_window = options.settle_window;
     let destination = Destination::new(config).observer(Arc::clone(screen) as _);
-    let result = destination.run(guest, Arc::clone(acceptor) as _, operator.control());
+    let result = destination.run(guest, Arc::clone(acceptor), operator.control());
     let cost = clock.stop(guest.memory().as_deref());
     operator.forget_cancel();
-    let ask = |session| destination.settle(guest, Arc::clone(acceptor) as _, operator.control(), session);
+    let ask = |session| destination.settle(guest, Arc::clone(acceptor), operator.control(), session);
     let result = settle(result, options.linger.linger, operator, screen, ask);
     let mut report = FinalReport::new(Role::Receive, &result);
     if report.owner == Owner::Source && !guest.was_offered() {

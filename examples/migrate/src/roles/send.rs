@@ -5,13 +5,12 @@ use std::sync::Arc;
 use pageferry::Source;
 use pageferry::transport::Dialer;
 use pageferry::vm::{SourceVm, VmError};
-use pageferry_tcp::{TcpDialer, TcpOptions};
 
 use super::gentle::GentleSpawner;
 use super::guests::{self, AnySource};
 use super::operator::{Operator, Wish};
 use super::settle::settle;
-use super::{afterwards, ended_early, not_started};
+use super::{afterwards, ended_early, links, not_started};
 use crate::cli::{Encoding, ExitStatus, Lane, Limits, LingerTime, SendOptions};
 use crate::guest::Guest;
 use crate::progress::Screen;
@@ -27,6 +26,8 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 }
 
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
+    // What cannot be is said before a guest is started.
+    let dialer = links::dialer(&options.to, &options.lane, options.limits.peer_timeout)?;
     let operator = Operator::listen(options.moment.on_key)?;
     let mut guest = guests::start(&options.guest, screen, !options.moment.on_key, 1)?;
     if !became_ready(&mut guest, &operator)? {
@@ -38,7 +39,7 @@ fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     }
     let SendOptions { limits, lane, encoding, .. } = options;
     let way = Way { role: Role::Send, limits, lane, encoding, linger: options.linger.linger };
-    let mut report = migrate(&mut guest, &options.to, &way, screen, &operator);
+    let mut report = migrate(&mut guest, &dialer, &way, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
     }
@@ -86,36 +87,24 @@ impl Way<'_> {
         let spawner = GentleSpawner { encoder_nice: self.encoding.encoder_nice };
         Source::new(config).observer(Arc::clone(screen) as _).spawner(Arc::new(spawner))
     }
-
-    /// Opens connections the way the command line says.
-    fn dialer(&self, to: &str) -> Arc<dyn Dialer> {
-        let mut options = TcpOptions::default();
-        options.interface.clone_from(&self.lane.interface);
-        options.dead_peer_after = self.limits.peer_timeout;
-        let dialer = TcpDialer::new(to, options);
-        match self.lane.bind {
-            Some(address) => Arc::new(dialer.with_source(address)),
-            None => Arc::new(dialer),
-        }
-    }
 }
 
 /// Migrates the guest, and reports what the source knows.
 pub(super) fn migrate(
     guest: &mut AnySource,
-    to: &str,
+    dialer: &Arc<dyn Dialer>,
     way: &Way<'_>,
     screen: &Arc<Screen>,
     operator: &Operator,
 ) -> FinalReport {
     // A guest that cannot forget its earlier stalls still tells a bound.
     let _ = guest.reset_stall();
-    let (clock, dialer) = (CostClock::start(), way.dialer(to));
+    let clock = CostClock::start();
     let source = way.source(screen);
-    let result = source.run(guest, Arc::clone(&dialer), operator.control());
+    let result = source.run(guest, Arc::clone(dialer), operator.control());
     let cost = clock.stop(Some(&*guest.memory()));
     operator.forget_cancel();
-    let ask = |session| source.settle(guest, Arc::clone(&dialer), operator.control(), session);
+    let ask = |session| source.settle(guest, Arc::clone(dialer), operator.control(), session);
     let result = settle(result, way.linger, operator, screen, ask);
     let mut report = FinalReport::new(way.role, &result);
     report.charge(&cost);

@@ -1,0 +1,85 @@
+//! One suite for every transport, written against the seam ([`pageferry::transport`]).
+//!
+//! A transport's own tests say how it is joined, and get every case as a test of its own:
+//!
+//! ```ignore
+//! fn join() -> Joined { .. }
+//! pageferry_conformance::suite!(join);
+//! ```
+//!
+//! Cases panic where a transport fails, and when something hangs: they are for tests.
+
+mod frames;
+mod guest;
+pub mod lanes;
+pub mod migrations;
+
+use std::fmt;
+use std::sync::Arc;
+
+use pageferry::transport::{Acceptor, Dialer};
+
+/// Both ends of a transport that reach each other.
+pub struct Joined {
+    /// The source's.
+    pub dialer: Arc<dyn Dialer>,
+    /// The destination's.
+    pub acceptor: Arc<dyn Acceptor>,
+}
+
+impl Joined {
+    /// Two ends.
+    pub fn new(dialer: impl Dialer + 'static, acceptor: impl Acceptor + 'static) -> Self {
+        Self { dialer: Arc::new(dialer), acceptor: Arc::new(acceptor) }
+    }
+}
+
+impl fmt::Debug for Joined {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Joined").finish_non_exhaustive()
+    }
+}
+
+/// All cases as tests; `$join` is a `fn() -> Joined` that joins two new ends.
+#[macro_export]
+macro_rules! suite {
+    ($join:path) => {
+        $crate::cases!($join, lanes:
+            big_frames_arrive_intact,
+            many_small_frames_arrive_intact,
+            small_and_big_frames_mix,
+            a_frame_in_many_parts_arrives_intact,
+            lanes_carry_both_ways_at_once,
+            the_end_of_a_lane_is_told,
+            what_was_sent_before_the_end_arrives,
+            closing_ends_a_blocked_send_and_a_blocked_receive,
+            the_peer_notices_a_close,
+            sending_to_a_peer_that_is_gone_is_an_error,
+            a_stuck_lane_holds_up_no_other,
+            many_lanes_are_open_at_once,
+            accepting_ends_with_its_timeout_and_goes_on_afterwards,
+            a_lane_names_its_peer,
+        );
+        $crate::cases!($join, migrations:
+            a_guest_moves_with_as_many_lanes_as_there_are,
+            a_guest_that_writes_moves_with_every_page,
+            a_capped_migration_arrives,
+            a_cancelled_guest_stays_and_can_move_again,
+            a_cut_lane_leaves_one_owner,
+        );
+    };
+}
+
+/// Some cases of one module as tests.
+#[doc(hidden)]
+#[macro_export]
+macro_rules! cases {
+    ($join:path, $module:ident: $($case:ident),+ $(,)?) => {
+        $(
+            #[test]
+            fn $case() {
+                $crate::$module::$case($join);
+            }
+        )+
+    };
+}
