@@ -100,8 +100,9 @@ fn a_destination_that_takes_the_machine_state_slowly_does_not_hold_a_paused_gues
         let patience = session.patience(NOW);
         assert!(patience >= work_limit() && patience < work_limit() * 2, "{patience:?}");
         // Whether it was all taken in the end, or given up.
-        let (bytes, end) = (4096, NOW + patience + session.patience_for(4096));
-        let waited = SourceInput::Saved { bytes, waited: end - NOW };
+        let (bytes, waited) = (4096, patience + session.patience_for(4096));
+        let end = NOW + waited;
+        let waited = SourceInput::Saved { bytes, waited };
         session.handle(end, if answers { waited } else { SourceInput::Tick });
         let actions: Vec<_> = std::iter::from_fn(|| session.poll_action()).collect();
         assert!(actions.iter().any(|action| matches!(action, SourceAction::Resume)), "{actions:?}");
@@ -112,7 +113,7 @@ fn a_destination_that_takes_the_machine_state_slowly_does_not_hold_a_paused_gues
 #[test]
 fn a_state_longer_than_the_vmm_had_said_may_take_its_time() {
     let mut session = source_until(|action| matches!(action, SourceAction::Save));
-    let end = NOW + session.patience(NOW) + session.patience_for(1 << 30) / 2;
-    session.handle(end, SourceInput::Saved { bytes: 1 << 30, waited: end - NOW });
+    let waited = session.patience(NOW) + session.patience_for(1 << 30) / 2;
+    session.handle(NOW + waited, SourceInput::Saved { bytes: 1 << 30, waited });
     assert!(session.outcome().is_none());
 }
