@@ -89,6 +89,10 @@ impl Bench {
             expect(hashes.filter(|hash| *hash == first).count() == 1, "hashes repeat themselves")
         })?;
         let repeating = 0x0706_0504_0302_0100u64.to_le_bytes().repeat(BATCH / 8);
+        self.speed(outcome, "page hash, portable", |_| {
+            let hashes = black_box(&random).as_chunks().0.iter().map(|page| hasher.hash_portable(page));
+            expect(hashes.filter(|hash| *hash == first).count() == 1, "both hash alike")
+        })?;
         let base: &[[u8; PAGE]] = random.as_chunks().0;
         for (name, share) in [("few words", 0.01), ("20 % of words", 0.2)] {
             let (new, mut deltas) =
