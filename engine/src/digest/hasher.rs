@@ -179,7 +179,7 @@ mod tests {
         assert_eq!(hasher.hash(&counting).0, EXPECTED.1);
     }
 
-    /// From a program written from `PROTOCOL.md` alone, in another language.
+    /// From another program, in another language, with integers of any length.
     const EXPECTED: (u128, u128) =
         (0x4c4f_0c6e_3e47_a901_6a03_0e2e_8d46_6138, 0x8211_47cf_3812_e13c_3e01_d8d2_78d7_496b);
 

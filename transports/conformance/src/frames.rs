@@ -10,7 +10,7 @@ use pageferry::wire::{FrameBuffer, HEADER_LEN, Header, Kind};
 use crate::Joined;
 
 /// Nothing here takes so long.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(60);
+pub const PATIENCE: Duration = Duration::from_secs(60);
 
 /// A new lane's ends: (dialled, accepted). An acceptor may need the first frame before it has a lane to give
 /// away, so one is sent.
@@ -28,20 +28,22 @@ pub(crate) fn lane(joined: &Joined, role: LaneRole) -> (LaneHalves, LaneHalves) 
 }
 
 /// A body that no other number has.
-pub(crate) fn body(number: u64, len: usize) -> Vec<u8> {
+pub fn body(number: u64, len: usize) -> Vec<u8> {
     (0..len as u64).map(|index| (index.wrapping_mul(31) ^ index >> 8 ^ number.wrapping_mul(0x9E37)) as u8).collect()
 }
 
 /// A header, with nothing right about it but the lengths.
-pub(crate) fn header(sequence: u64, body_len: usize) -> [u8; HEADER_LEN] {
+pub fn header(sequence: u64, body_len: usize) -> [u8; HEADER_LEN] {
     Header { kind: Kind::State, body_len: body_len as u32, step: 0, sequence, checksum: 0 }.encode()
 }
 
-pub(crate) fn send(sender: &mut Box<dyn LaneSender>, sequence: u64, body: &[u8]) -> io::Result<()> {
+/// Sends a body as a frame, in three parts of which one is empty.
+pub fn send(sender: &mut Box<dyn LaneSender>, sequence: u64, body: &[u8]) -> io::Result<()> {
     sender.send(&mut [IoSlice::new(&header(sequence, body.len())), IoSlice::new(&[]), IoSlice::new(body)])
 }
 
-pub(crate) fn receive(receiver: &mut Box<dyn LaneReceiver>) -> io::Result<(u64, Vec<u8>)> {
+/// The next frame's sequence and body.
+pub fn receive(receiver: &mut Box<dyn LaneReceiver>) -> io::Result<(u64, Vec<u8>)> {
     let mut frame = FrameBuffer::new();
     receiver.receive(&mut frame)?;
     assert_eq!(frame.bytes().len(), HEADER_LEN + frame.body().len());
@@ -50,7 +52,7 @@ pub(crate) fn receive(receiver: &mut Box<dyn LaneReceiver>) -> io::Result<(u64, 
 }
 
 /// Runs `work` on a thread of its own; panics when it takes longer than anything should.
-pub(crate) fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
+pub fn in_time<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> T {
     let (done, finished) = mpsc::channel();
     std::thread::spawn(move || done.send(work()));
     finished.recv_timeout(PATIENCE).expect("it hangs, or its thread panicked")

@@ -9,7 +9,7 @@
 //!
 //! Cases panic where a transport fails, and when something hangs: they are for tests.
 
-mod frames;
+pub mod frames;
 mod guest;
 pub mod lanes;
 pub mod migrations;

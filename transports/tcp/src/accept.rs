@@ -3,7 +3,7 @@
 
 use std::io;
 use std::net::SocketAddr;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, BorrowedFd};
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Acceptor, Lane, TransportError};
@@ -51,44 +51,45 @@ impl TcpAcceptor {
         self.local
     }
 
-    /// One attempt; `None` when there is nothing to hand out yet.
-    fn try_accept(&self, left: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
-        let error = match self.listener.accept() {
-            Ok((socket, address)) => return Ok(self.admit(socket, address.as_socket())),
-            Err(error) => error,
-        };
-        match Trouble::of(&error) {
-            Trouble::Nobody => {
-                sys::wait_readable(self.listener.as_fd(), left).map_err(|error| self.broken(error))?;
-            }
-            Trouble::Caller => {}
-            Trouble::Shortage => std::thread::sleep(left.min(SHORTAGE_PAUSE)),
-            Trouble::Listener => return Err(self.broken(error)),
-        }
-        Ok(None)
-    }
-
     /// A connection that takes no options is broken already, and nobody's loss.
     fn admit(&self, socket: Socket, address: Option<SocketAddr>) -> Option<Box<dyn Lane>> {
         socket.set_nonblocking(false).ok()?;
         self.options.apply(&socket).ok()?;
         Some(Box::new(SocketLane::new(socket, canonical(address?).to_string())))
     }
-
-    fn broken(&self, source: io::Error) -> TransportError {
-        TransportError::Accept { local: self.local.to_string(), source }
-    }
 }
 
 impl Acceptor for TcpAcceptor {
     fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
-        let started = Instant::now();
-        loop {
-            let left = timeout.saturating_sub(started.elapsed());
-            let lane = self.try_accept(left)?;
-            if lane.is_some() || left.is_zero() {
-                return Ok(lane);
-            }
+        let accept = || self.listener.accept().map(|(socket, address)| self.admit(socket, address.as_socket()));
+        accept_within(timeout, self.listener.as_fd(), accept)
+            .map_err(|source| TransportError::Accept { local: self.local.to_string(), source })
+    }
+}
+
+/// Waits for the next caller of a listening stream socket of any kind, which must not block. `accept` takes one, and
+/// returns `None` for a caller that is not let in. What goes wrong with a caller, or because the host is short of something, is
+/// waited out; an error is the listener's own.
+pub fn accept_within(
+    timeout: Duration,
+    listener: BorrowedFd<'_>,
+    accept: impl Fn() -> io::Result<Option<Box<dyn Lane>>>,
+) -> io::Result<Option<Box<dyn Lane>>> {
+    let started = Instant::now();
+    loop {
+        let left = timeout.saturating_sub(started.elapsed());
+        match accept() {
+            Ok(Some(lane)) => return Ok(Some(lane)),
+            Ok(None) => {}
+            Err(error) => match Trouble::of(&error) {
+                Trouble::Nobody => drop(sys::wait_readable(listener, left)?),
+                Trouble::Caller => {}
+                Trouble::Shortage => std::thread::sleep(left.min(SHORTAGE_PAUSE)),
+                Trouble::Listener => return Err(error),
+            },
+        }
+        if left.is_zero() {
+            return Ok(None);
         }
     }
 }

@@ -15,7 +15,7 @@ mod options;
 #[allow(unsafe_code)]
 mod sys;
 
-pub use accept::{BindFailure, TcpAcceptor};
+pub use accept::{BindFailure, TcpAcceptor, accept_within};
 pub use dial::{DialFailure, TcpDialer};
 pub use lane::{LaneFailure, lane_from_fd, lane_over};
 pub use options::TcpOptions;

@@ -2,21 +2,19 @@
 
 use std::fs::{self, Permissions};
 use std::io;
+use std::os::fd::AsFd;
 use std::os::unix::fs::{FileTypeExt, MetadataExt, PermissionsExt};
 use std::path::{Path, PathBuf};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use pageferry::transport::{Acceptor, Capabilities, Lane, TransportError};
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use pageferry_tcp::accept_within;
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use crate::{UnixFailure, admit, capabilities};
 
 /// Connections that may wait to be accepted: all lanes of the largest migration at once.
 const BACKLOG: i32 = 256;
-
-/// How long to leave the host alone when it is out of descriptors or memory.
-const SHORTAGE_PAUSE: Duration = Duration::from_millis(100);
 
 /// Listens at a path, and removes the socket when it is dropped.
 #[derive(Debug)]
@@ -43,30 +41,6 @@ impl UnixAcceptor {
     pub fn path(&self) -> &Path {
         &self.path
     }
-
-    /// One attempt; `None` when there is nobody, or nobody who may come in.
-    fn try_accept(&self, left: Duration) -> io::Result<Option<Box<dyn Lane>>> {
-        let error = match self.listener.accept() {
-            Ok((socket, _)) => return Ok(admit(socket, &self.path).ok()),
-            Err(error) => error,
-        };
-        match error.kind() {
-            io::ErrorKind::WouldBlock => self.wait(left)?,
-            io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted => {}
-            // Of descriptors or memory, which the host may have again later.
-            _ if is_shortage(&error) => std::thread::sleep(left.min(SHORTAGE_PAUSE)),
-            _ => return Err(error),
-        }
-        Ok(None)
-    }
-
-    fn wait(&self, left: Duration) -> io::Result<()> {
-        let timeout = Timespec::try_from(left).ok();
-        match poll(&mut [PollFd::new(&self.listener, PollFlags::IN)], timeout.as_ref()) {
-            Ok(_) | Err(rustix::io::Errno::INTR) => Ok(()),
-            Err(error) => Err(error.into()),
-        }
-    }
 }
 
 impl Drop for UnixAcceptor {
@@ -80,15 +54,9 @@ impl Drop for UnixAcceptor {
 
 impl Acceptor for UnixAcceptor {
     fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
-        let started = Instant::now();
-        loop {
-            let left = timeout.saturating_sub(started.elapsed());
-            let broken = |source| TransportError::Accept { local: self.path.display().to_string(), source };
-            let lane = self.try_accept(left).map_err(broken)?;
-            if lane.is_some() || left.is_zero() {
-                return Ok(lane);
-            }
-        }
+        let accept = || self.listener.accept().map(|(socket, _)| admit(socket, &self.path).ok());
+        accept_within(timeout, self.listener.as_fd(), accept)
+            .map_err(|source| TransportError::Accept { local: self.path.display().to_string(), source })
     }
 
     fn capabilities(&self) -> Capabilities {
@@ -129,10 +97,4 @@ fn remove_stale(path: &Path, address: &SockAddr) -> io::Result<()> {
         // Also when its queue is full.
         _ => Err(UnixFailure::InUse.into()),
     }
-}
-
-fn is_shortage(error: &io::Error) -> bool {
-    use rustix::io::Errno;
-    let code = error.raw_os_error().map(Errno::from_raw_os_error);
-    matches!(code, Some(Errno::MFILE | Errno::NFILE | Errno::NOBUFS | Errno::NOMEM))
 }

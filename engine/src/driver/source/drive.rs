@@ -370,18 +370,9 @@ impl<'a> Driver<'a> {
 
     pub(super) fn save(&mut self) {
         let Some(messages) = self.messages.clone() else { return };
-        let control = self.control.clone();
         let patience = self.session.patience(self.started.elapsed());
-        let mut writer = StateWriter {
-            messages,
-            control,
-            buffer: Vec::new(),
-            bytes: 0,
-            waited: Duration::ZERO,
-            patience,
-            patience_per_piece: self.session.patience_for(STATE_CHUNK as u64),
-            overtaken: false,
-        };
+        let per_piece = self.session.patience_for(STATE_CHUNK as u64);
+        let mut writer = StateWriter::new(messages, self.control.clone(), patience, per_piece);
         let saved = self.vm.save(&mut writer).and_then(|()| Ok(writer.send()?));
         if writer.overtaken {
             return;

@@ -11,20 +11,31 @@ use crate::wire::Message;
 
 /// Cuts the machine state into frames as it is written.
 pub(super) struct StateWriter {
-    pub(super) messages: Sender<Message>,
-    pub(super) control: Control,
-    pub(super) buffer: Vec<u8>,
+    messages: Sender<Message>,
+    control: Control,
+    buffer: Vec<u8>,
     pub(super) bytes: u64,
     /// How long it has waited for the lane, and how long it may.
     pub(super) waited: Duration,
-    pub(super) patience: Duration,
+    patience: Duration,
     /// By how much a piece of state adds to that.
-    pub(super) patience_per_piece: Duration,
+    patience_per_piece: Duration,
     /// The lane has ended, the user has cancelled, or the guest has waited too long: the driver and the session know.
     pub(super) overtaken: bool,
 }
 
 impl StateWriter {
+    /// A writer that waits for the lane no longer than `patience`, and `patience_per_piece` more for each [`STATE_CHUNK`].
+    pub(super) fn new(
+        messages: Sender<Message>,
+        control: Control,
+        patience: Duration,
+        patience_per_piece: Duration,
+    ) -> Self {
+        let (buffer, waited) = (Vec::new(), Duration::ZERO);
+        Self { messages, control, buffer, bytes: 0, waited, patience, patience_per_piece, overtaken: false }
+    }
+
     pub(super) fn send(&mut self) -> io::Result<()> {
         if self.buffer.is_empty() {
             return Ok(());
@@ -84,17 +95,7 @@ mod tests {
     fn a_lane_that_takes_nothing_does_not_hold_the_guest_for_ever() {
         let (messages, lane) = unbounded();
         let patience = Duration::from_millis(5);
-        let control = Control::new();
-        let mut writer = StateWriter {
-            messages,
-            control,
-            buffer: Vec::new(),
-            bytes: 0,
-            waited: Duration::ZERO,
-            patience,
-            patience_per_piece: Duration::ZERO,
-            overtaken: false,
-        };
+        let mut writer = StateWriter::new(messages, Control::new(), patience, Duration::ZERO);
         assert!(writer.write_all(&vec![7; STATE_CHUNK * (MAX_STATE_PIECES + 2)]).is_err());
         assert!(writer.overtaken && writer.waited >= patience);
         assert_eq!(lane.len(), MAX_STATE_PIECES + 1);
