@@ -125,7 +125,8 @@ pub fn a_cancelled_guest_stays_and_can_be_saved_again(shelf: fn() -> Box<dyn She
 /// Whatever the moment, and whichever lane: the guest runs and nothing was saved, or it stands still and was.
 pub fn a_cut_lane_leaves_the_guest_or_a_save(shelf: fn() -> Box<dyn Shelf>) {
     // At this pace the guest takes some 700 ms: the last ones are cut about its end, or after it.
-    for (lane, after) in [(0, 0), (1, 0), (2, 30), (1, 120), (0, 200), (0, 600), (0, 680), (0, 700), (0, 720), (0, 760)] {
+    for (lane, after) in [(0, 0), (1, 0), (2, 30), (1, 120), (0, 200), (0, 600), (0, 680), (0, 700), (0, 720), (0, 760)]
+    {
         let shelf = shelf();
         let mut guest = Guest::new(PAGES, Some(Duration::from_micros(200)));
         let dialer = Arc::new(CuttingDialer::new(shelf.dialer(), lane, Duration::from_millis(after)));
@@ -169,7 +170,13 @@ pub fn a_cut_restore_runs_the_guest_or_says_that_it_does_not(shelf: fn() -> Box<
     let (shelf, mut guest) = (shelf(), Guest::new(8 * PAGES, None));
     save(&*shelf, &mut guest, config(2)).expect("it is saved");
     for (lane, after) in [(0, 0), (1, 0), (2, 3), (0, 5), (0, 10), (0, 15), (0, 20), (0, 30), (0, 40), (0, 60)] {
-        let acceptor = CuttingAcceptor { acceptor: shelf.acceptor(), lane, after, given: AtomicUsize::new(0), cutting: Mutex::default() };
+        let acceptor = CuttingAcceptor {
+            acceptor: shelf.acceptor(),
+            lane,
+            after,
+            given: AtomicUsize::new(0),
+            cutting: Mutex::default(),
+        };
         let (room, result) = restore(Arc::new(acceptor), Control::new());
         let case = format!("lane {lane} cut after {after} ms: {result:?}");
         match &result {

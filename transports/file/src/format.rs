@@ -267,7 +267,11 @@ mod tests {
         let (header, _) = example();
         let block = header.encode();
         let told = |start: &[u8], len| Header::decode(start, len, Path::new("x")).unwrap_err().to_string();
-        assert!(told(&block, header.file_len - 1).contains(&format!("byte {} of {}", header.file_len - 1, header.file_len)));
+        assert!(told(&block, header.file_len - 1).contains(&format!(
+            "byte {} of {}",
+            header.file_len - 1,
+            header.file_len
+        )));
         assert!(told(&block, header.file_len + 1).contains("damaged"));
         assert!(told(&block[..100], 100).contains("byte 100 of 4096"));
         assert!(told(b"\x7fELF", 4).contains("no saved guest"));
@@ -324,6 +328,9 @@ mod tests {
             let len = extent_len(lanes);
             assert!(len.is_power_of_two() && len * (usize::from(lanes) + 1) <= 65 << 20, "{lanes}");
         }
-        assert_eq!((extent_len(0), extent_len(7), extent_len(8), extent_len(128)), (4 << 20, 4 << 20, 2 << 20, 512 << 10));
+        assert_eq!(
+            (extent_len(0), extent_len(7), extent_len(8), extent_len(128)),
+            (4 << 20, 4 << 20, 2 << 20, 512 << 10)
+        );
     }
 }

@@ -5,9 +5,7 @@
 //! has proved that it holds what was saved, and must never be left alone with the question whose the guest is.
 
 use pageferry::config::Verify;
-use pageferry::wire::{
-    Finish, Greeting, GreetingRole, Kind, Message, Offer, PROTOCOL_MAX, PROTOCOL_MIN, SessionId,
-};
+use pageferry::wire::{Finish, Greeting, GreetingRole, Kind, Message, Offer, PROTOCOL_MAX, PROTOCOL_MIN, SessionId};
 
 /// What the control lane does next.
 #[derive(Clone, PartialEq, Debug)]
@@ -153,10 +151,7 @@ impl Player {
     /// The control lane is gone.
     pub(crate) fn lost(&mut self) {
         // Having heard Finish the destination may hold the guest ready, and wait to be asked.
-        let may_wait = matches!(
-            self.state,
-            State::AwaitPrepared | State::Committing | State::AwaitRunning
-        );
+        let may_wait = matches!(self.state, State::AwaitPrepared | State::Committing | State::AwaitRunning);
         self.state = if may_wait { State::Asking } else { State::Over };
         self.lanes_open = false;
     }

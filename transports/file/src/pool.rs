@@ -79,10 +79,7 @@ pub(crate) struct Workers<J> {
 
 impl<J: Send + 'static> Workers<J> {
     /// Starts the threads, which the host lends.
-    pub(crate) fn start(
-        spawner: &dyn Spawner,
-        work: impl Fn(J) + Clone + Send + 'static,
-    ) -> io::Result<Self> {
+    pub(crate) fn start(spawner: &dyn Spawner, work: impl Fn(J) + Clone + Send + 'static) -> io::Result<Self> {
         let (jobs, inbox): (Sender<J>, Receiver<J>) = unbounded();
         let pool = Self { jobs: Some(jobs), threads: Mutex::default() };
         for index in 0..WORKERS {

@@ -122,8 +122,8 @@ impl Reading {
             // Nobody waits for it when the lane is gone.
             let _ = job.answer.send(read.map(|()| job.buffer));
         };
-        let workers = Workers::start(spawner, work)
-            .map_err(|source| FileFailure::Read { path: saved.path.clone(), source })?;
+        let workers =
+            Workers::start(spawner, work).map_err(|source| FileFailure::Read { path: saved.path.clone(), source })?;
         Ok(Self { saved, workers, progress, stopped: AtomicBool::new(false) })
     }
 

@@ -349,14 +349,16 @@ impl RecordingSender {
                     let recorder = lock(&save.recorder);
                     recorder.session() == greeting.session && recorder.records() && index < recorder.lanes()
                 });
-                let (save, writing) = save.and_then(|save| save.writing().map(|writing| (save, writing))).ok_or_else(
-                    || io::Error::new(io::ErrorKind::BrokenPipe, "no guest is being saved over such a lane"),
-                )?;
+                let (save, writing) =
+                    save.and_then(|save| save.writing().map(|writing| (save, writing))).ok_or_else(|| {
+                        io::Error::new(io::ErrorKind::BrokenPipe, "no guest is being saved over such a lane")
+                    })?;
                 self.belongs = Belongs::Data(save, writing, index);
                 Ok(())
             }
             GreetingRole::Settle => {
-                let answer = self.desk.current().and_then(|save| save.tell(|recorder| recorder.settle(greeting.session)));
+                let answer =
+                    self.desk.current().and_then(|save| save.tell(|recorder| recorder.settle(greeting.session)));
                 match answer {
                     Some(answer) => self.state.answer(answer),
                     None => self.state.close(),
