@@ -4,7 +4,7 @@ use std::path::Path;
 
 use pageferry::limits::MAX_LANES;
 use pageferry::wire::{PROTOCOL_MAX, PROTOCOL_MIN};
-use xxhash_rust::xxh3::xxh3_128;
+use twox_hash::XxHash3_128;
 
 use crate::error::{FileFailure, Part};
 
@@ -55,7 +55,7 @@ pub(crate) fn padded(len: usize) -> usize {
 
 /// The checksum of every part of the file.
 pub(crate) fn checksum(bytes: &[u8]) -> u128 {
-    xxh3_128(bytes)
+    XxHash3_128::oneshot(bytes)
 }
 
 /// The first block.

@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
+use memmap2::MmapMut;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
 use pageferry::host::{Joiner, Spawner, ThreadRole};
 
@@ -11,27 +12,26 @@ use crate::format::{BLOCK, padded};
 /// Threads that wait for the disk: as many requests are under way at once.
 pub(crate) const WORKERS: u16 = 4;
 
-/// Bytes at an address that direct I/O takes, of a fixed capacity.
+/// Bytes at an address that direct I/O takes, of a fixed capacity. Huge pages where the host gives them: the kernel looks at
+/// every page of a request.
 #[derive(Debug)]
 pub(crate) struct Buffer {
-    bytes: Vec<u8>,
-    start: usize,
-    capacity: usize,
+    bytes: MmapMut,
     len: usize,
 }
 
 impl Buffer {
     /// An empty buffer of so many bytes, rounded up to whole blocks.
-    pub(crate) fn new(capacity: usize) -> Self {
-        let capacity = padded(capacity);
-        let bytes = vec![0; capacity + BLOCK];
-        let start = bytes.as_ptr().align_offset(BLOCK).min(BLOCK);
-        Self { bytes, start, capacity, len: 0 }
+    pub(crate) fn new(capacity: usize) -> io::Result<Self> {
+        let bytes = MmapMut::map_anon(padded(capacity).max(BLOCK))?;
+        // Refused where transparent huge pages are compiled out; small pages work as well.
+        let _ = bytes.advise(memmap2::Advice::HugePage);
+        Ok(Self { bytes, len: 0 })
     }
 
     /// What has been put in.
     pub(crate) fn filled(&self) -> &[u8] {
-        &self.bytes[self.start..][..self.len]
+        &self.bytes[..self.len]
     }
 
     /// Bytes put in.
@@ -41,28 +41,28 @@ impl Buffer {
 
     /// Puts in as much as fits; returns the rest.
     pub(crate) fn take<'a>(&mut self, bytes: &'a [u8]) -> &'a [u8] {
-        let (fits, rest) = bytes.split_at(bytes.len().min(self.capacity - self.len));
-        self.bytes[self.start + self.len..][..fits.len()].copy_from_slice(fits);
+        let (fits, rest) = bytes.split_at(bytes.len().min(self.bytes.len() - self.len));
+        self.bytes[self.len..][..fits.len()].copy_from_slice(fits);
         self.len += fits.len();
         rest
     }
 
     /// Whether nothing more fits.
     pub(crate) fn is_full(&self) -> bool {
-        self.len == self.capacity
+        self.len == self.bytes.len()
     }
 
     /// The content in whole blocks, the last filled up with zeros.
     pub(crate) fn blocks(&mut self) -> &[u8] {
         let end = padded(self.len);
-        self.bytes[self.start + self.len..self.start + end].fill(0);
-        &self.bytes[self.start..][..end]
+        self.bytes[self.len..end].fill(0);
+        &self.bytes[..end]
     }
 
     /// Room for `len` bytes in whole blocks, to be read into; they are the content afterwards.
     pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
-        self.len = len.min(self.capacity);
-        &mut self.bytes[self.start..][..padded(self.len)]
+        self.len = len.min(self.bytes.len());
+        &mut self.bytes[..padded(self.len)]
     }
 
     /// Empties it.
@@ -127,11 +127,15 @@ impl Pool {
     }
 
     /// An empty buffer, if one becomes free within the time.
-    pub(crate) fn take(&self, timeout: std::time::Duration) -> Option<Buffer> {
-        let free = self.free.1.recv_timeout(timeout).ok()?;
-        let mut buffer = free.unwrap_or_else(|| Buffer::new(self.capacity));
-        buffer.clear();
-        Some(buffer)
+    pub(crate) fn take(&self, timeout: std::time::Duration) -> io::Result<Option<Buffer>> {
+        match self.free.1.recv_timeout(timeout) {
+            Ok(Some(mut buffer)) => {
+                buffer.clear();
+                Ok(Some(buffer))
+            }
+            Ok(None) => Buffer::new(self.capacity).map(Some),
+            Err(_) => Ok(None),
+        }
     }
 
     /// Gives a buffer back.
@@ -146,7 +150,7 @@ mod tests {
 
     #[test]
     fn a_buffer_is_aligned_and_filled_up_with_zeros() {
-        let mut buffer = Buffer::new(10_000);
+        let mut buffer = Buffer::new(10_000).unwrap();
         assert!(buffer.take(&[7; 5000]).is_empty());
         let blocks = buffer.blocks();
         assert_eq!((blocks.as_ptr().align_offset(BLOCK), blocks.len()), (0, 8192));
@@ -163,10 +167,10 @@ mod tests {
     #[test]
     fn there_are_no_more_buffers_than_were_promised() {
         let pool = Pool::new(2, BLOCK);
-        let (first, second) = (pool.take(std::time::Duration::ZERO), pool.take(std::time::Duration::ZERO));
-        assert!(first.is_some() && second.is_some());
-        assert!(pool.take(std::time::Duration::ZERO).is_none());
+        let take = || pool.take(std::time::Duration::ZERO).unwrap();
+        let (first, second) = (take(), take());
+        assert!(first.is_some() && second.is_some() && take().is_none());
         pool.give_back(first.unwrap());
-        assert!(pool.take(std::time::Duration::ZERO).is_some());
+        assert!(take().is_some());
     }
 }

@@ -204,7 +204,7 @@ impl LaneReader {
     }
 
     fn next_extent(&mut self) -> Result<Option<Buffer>, FileFailure> {
-        self.read_ahead();
+        self.read_ahead()?;
         let Some(answer) = self.ahead.pop_front() else { return Ok(None) };
         let saved = &self.reading.saved;
         loop {
@@ -216,7 +216,7 @@ impl LaneReader {
         }
     }
 
-    fn read_ahead(&mut self) {
+    fn read_ahead(&mut self) -> Result<(), FileFailure> {
         let saved = &self.reading.saved;
         // The disk is kept busy by one lane alone, or by many together.
         let depth = if saved.header.data_lanes < 2 { 4 } else { 2 };
@@ -224,14 +224,19 @@ impl LaneReader {
             let rest = saved.extents.get(self.next..).unwrap_or_default();
             let Some(skipped) = rest.iter().position(|extent| extent.lane == self.lane) else {
                 self.next = saved.extents.len();
-                return;
+                break;
             };
             let index = self.next + skipped;
             self.next = index + 1;
-            let buffer = self.spare.pop().unwrap_or_else(|| Buffer::new(extent_len(saved.header.data_lanes)));
+            let buffer = match self.spare.pop() {
+                Some(buffer) => buffer,
+                None => Buffer::new(extent_len(saved.header.data_lanes))
+                    .map_err(|source| FileFailure::Read { path: saved.path.clone(), source })?,
+            };
             let (answer, inbox) = bounded(1);
             self.reading.workers.give(Job { index, buffer, answer });
             self.ahead.push_back(inbox);
         }
+        Ok(())
     }
 }

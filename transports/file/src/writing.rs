@@ -171,7 +171,7 @@ impl Shared {
     fn take_buffer(&self) -> Result<Buffer, String> {
         loop {
             self.check()?;
-            if let Some(buffer) = self.pool.take(LOOK) {
+            if let Some(buffer) = self.pool.take(LOOK).map_err(|source| self.failure(source))? {
                 return Ok(buffer);
             }
         }
@@ -208,7 +208,7 @@ impl Shared {
     }
 
     fn write_blocks(&self, bytes: &[u8], offset: u64) -> Result<(), String> {
-        let mut buffer = Buffer::new(bytes.len());
+        let mut buffer = Buffer::new(bytes.len()).map_err(|source| self.failure(source))?;
         buffer.take(bytes);
         self.device.write_at(buffer.blocks(), offset).map_err(|source| self.failure(source))
     }
