@@ -73,6 +73,11 @@ impl Player {
         self.lanes_open
     }
 
+    /// Whether everything was said.
+    pub(crate) fn is_over(&self) -> bool {
+        self.state == State::Over
+    }
+
     /// Whether another lane has to ask whose the guest is.
     pub(crate) fn asks(&self) -> bool {
         self.state == State::Asking

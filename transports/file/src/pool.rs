@@ -3,8 +3,8 @@
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
-use memmap2::MmapMut;
 use crossbeam_channel::{Receiver, Sender, bounded, unbounded};
+use memmap2::MmapMut;
 use pageferry::host::{Joiner, Spawner, ThreadRole};
 
 use crate::format::{BLOCK, padded};

@@ -23,6 +23,9 @@ use crate::reading::{LaneReader, Reading, Saved};
 /// Numbers that may be missing between frames on the control lane: signs of life, of two a second, that were not written down.
 const MAX_GAP: u64 = 1 << 24;
 
+/// How long to wait for a lane when none can come any more.
+const OVER: Duration = Duration::from_millis(1);
+
 /// How a guest is restored.
 #[derive(Clone)]
 #[non_exhaustive]
@@ -122,11 +125,17 @@ impl Acceptor for FileAcceptor {
             if let Some(kind) = state.next_lane() {
                 return Ok(Some(Box::new(PlayingLane { playback: Arc::clone(&self.playback), kind })));
             }
+            let over = state.player.is_over();
             let left = until.saturating_duration_since(Instant::now());
             if left.is_zero() {
                 return Ok(None);
             }
-            state = self.playback.changed.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            // When none can come any more the destination is about to end, and must not wait for this.
+            let wait = if over { left.min(OVER) } else { left };
+            state = self.playback.changed.wait_timeout(state, wait).unwrap_or_else(PoisonError::into_inner).0;
+            if over {
+                return Ok(None);
+            }
         }
     }
 

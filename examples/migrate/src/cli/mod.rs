@@ -1,8 +1,9 @@
-//! The command line: `migrate demo`, `migrate receive`, `migrate send`, `migrate export`.
+//! The command line: `migrate demo`, `migrate receive`, `migrate send`, `migrate save`, `migrate restore`, `migrate export`.
 
 mod address;
 mod encoding;
 mod exit;
+mod file;
 mod guest;
 mod limits;
 pub(crate) mod units;
@@ -10,8 +11,9 @@ pub(crate) mod units;
 pub(crate) use address::Address;
 pub(crate) use encoding::Encoding;
 pub(crate) use exit::ExitStatus;
+pub(crate) use file::{RestoreOptions, SaveOptions};
 pub(crate) use guest::{Backing, GuestKind, GuestOptions};
-pub(crate) use limits::{Lane, Limits};
+pub(crate) use limits::{Lane, Limits, Verify};
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -41,6 +43,12 @@ pub(crate) enum Command {
     /// Starts a guest and moves it to where `migrate receive` listens.
     #[command(after_help = SEND_EXAMPLES, after_long_help = examples_and_exit(SEND_EXAMPLES))]
     Send(Box<SendOptions>),
+    /// Starts a guest and saves it to a file, where it ends; `migrate restore` goes on with it.
+    #[command(after_help = file::SAVE_EXAMPLES, after_long_help = examples_and_exit(file::SAVE_EXAMPLES))]
+    Save(Box<SaveOptions>),
+    /// Goes on with a guest that `migrate save` has put into a file.
+    #[command(after_help = file::RESTORE_EXAMPLES, after_long_help = examples_and_exit(file::RESTORE_EXAMPLES))]
+    Restore(RestoreOptions),
     /// Writes the built-in guest's program or its memory to a file, for another machine to run or to move.
     #[command(after_help = EXPORT_EXAMPLES, after_long_help = examples_and_exit(EXPORT_EXAMPLES))]
     Export(Box<ExportOptions>),

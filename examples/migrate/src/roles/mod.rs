@@ -10,6 +10,8 @@ mod links;
 mod operator;
 mod parent;
 mod receive;
+mod restore;
+mod save;
 mod send;
 mod settle;
 
@@ -25,6 +27,8 @@ pub(crate) fn run(command: &Command) -> ExitStatus {
         Command::Demo(options) => demo::demo(options),
         Command::Receive(options) => receive::receive(options),
         Command::Send(options) => send::send(options),
+        Command::Save(options) => save::save(options),
+        Command::Restore(options) => restore::restore(options),
         Command::Export(options) => export::export(options),
     }
 }

@@ -11,7 +11,7 @@ use super::guests::{self, AnySource};
 use super::operator::{Operator, Wish};
 use super::settle::settle;
 use super::{afterwards, ended_early, links, not_started};
-use crate::cli::{Encoding, ExitStatus, Lane, Limits, LingerTime, SendOptions};
+use crate::cli::{Encoding, ExitStatus, GuestOptions, Lane, Limits, LingerTime, Moment, SendOptions};
 use crate::guest::Guest;
 use crate::progress::Screen;
 use crate::report::{CostClock, FinalReport, Owner, Role};
@@ -28,23 +28,39 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     // What cannot be is said before a guest is started.
     let dialer = links::dialer(&options.to, &options.lane, options.limits.peer_timeout)?;
-    let operator = Operator::listen(options.moment.on_key)?;
-    let mut guest = guests::start(&options.guest, screen, !options.moment.on_key, 1)?;
-    if !became_ready(&mut guest, &operator)? {
-        return Ok(ended_early(screen, Role::Send));
-    }
-    announce(options, screen);
-    if operator.wait_for_moment(options.moment) == Wish::Stop {
-        return Ok(ended_early(screen, Role::Send));
-    }
     let SendOptions { limits, lane, encoding, .. } = options;
     let way = Way { role: Role::Send, limits, lane, encoding, linger: options.linger.linger };
-    let mut report = migrate(&mut guest, &dialer, &way, screen, &operator);
+    depart(&Departure { dialer, way, guest: &options.guest, moment: options.moment, verb: "migrates" }, screen)
+}
+
+/// A guest that is to leave.
+pub(super) struct Departure<'a> {
+    pub(super) dialer: Arc<dyn Dialer>,
+    pub(super) way: Way<'a>,
+    pub(super) guest: &'a GuestOptions,
+    pub(super) moment: Moment,
+    /// What is done to it, in words.
+    pub(super) verb: &'static str,
+}
+
+/// Starts a guest, waits for the moment, and has it leave.
+pub(super) fn depart(departure: &Departure<'_>, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
+    let Departure { dialer, way, moment, .. } = departure;
+    let operator = Operator::listen(moment.on_key)?;
+    let mut guest = guests::start(departure.guest, screen, !moment.on_key, 1)?;
+    if !became_ready(&mut guest, &operator)? {
+        return Ok(ended_early(screen, way.role));
+    }
+    announce(departure, screen);
+    if operator.wait_for_moment(*moment) == Wish::Stop {
+        return Ok(ended_early(screen, way.role));
+    }
+    let mut report = migrate(&mut guest, dialer, way, screen, &operator);
     if report.owner == Owner::Source {
-        afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
+        afterwards::question(&mut guest, &operator, way.linger, &mut report);
     }
     screen.report(&report);
-    if report.owner != Owner::Destination && options.linger.linger == LingerTime::Forever {
+    if report.owner != Owner::Destination && way.linger == LingerTime::Forever {
         screen.note("the guest is still here; Ctrl-C ends it");
         if let Some(end) = afterwards::run_on(&guest, &operator) {
             screen.note(&format!("the guest has ended: {end}"));
@@ -62,11 +78,12 @@ pub(super) fn became_ready(guest: &mut dyn Guest, operator: &Operator) -> Result
     waited.map(|()| true)
 }
 
-fn announce(options: &SendOptions, screen: &Screen) {
-    if options.moment.on_key {
-        screen.note("the guest runs; Enter migrates it");
-    } else if options.moment.on_signal {
-        screen.note(&format!("the guest runs; kill -USR1 {} migrates it", std::process::id()));
+fn announce(departure: &Departure<'_>, screen: &Screen) {
+    let verb = departure.verb;
+    if departure.moment.on_key {
+        screen.note(&format!("the guest runs; Enter {verb} it"));
+    } else if departure.moment.on_signal {
+        screen.note(&format!("the guest runs; kill -USR1 {} {verb} it", std::process::id()));
     }
 }
 
