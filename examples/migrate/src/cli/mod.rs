@@ -76,6 +76,7 @@ Examples:
   migrate send --to 192.0.2.7:7000 --encoders 4 --encoder-nice 10 --delta-cache 1G
   migrate send --to [::1]:7000 --on-signal --linger 5s --json
   migrate send --to unix:/run/guest.sock                    to another process of this host
+  migrate send --to unix:/run/guest.sock --backing memfd --hand-over-memory    and nothing is copied
   migrate send --to 192.0.2.7:7000 --kernel vmlinux --initrd initramfs.cpio --memory 256M";
 
 const EXPORT_EXAMPLES: &str = "\
@@ -164,6 +165,10 @@ pub(crate) struct SendOptions {
     /// Where the destination listens
     #[arg(long, value_name = "HOST:PORT|unix:PATH")]
     pub(crate) to: Address,
+    /// Hand the guest's memory over instead of copying it, to a receiver on this host: to replace this process while the
+    /// guest lives on. Needs --to unix:PATH and --backing memfd
+    #[arg(long)]
+    pub(crate) hand_over_memory: bool,
     #[command(flatten)]
     pub(crate) moment: Moment,
     #[command(flatten)]

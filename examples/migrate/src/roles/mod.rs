@@ -6,6 +6,7 @@ mod demo;
 mod export;
 mod gentle;
 mod guests;
+mod handover;
 mod links;
 mod operator;
 mod parent;

@@ -5,12 +5,14 @@ use std::sync::Arc;
 use pageferry::Destination;
 use pageferry::config::DestinationConfig;
 use pageferry::transport::Acceptor;
+use pageferry::vm::VmError;
+use pageferry_unix::{Descriptors, UnixAcceptor};
 
 use super::guests::{AnyDestination, Place};
 use super::operator::Operator;
 use super::settle::settle;
 use super::{afterwards, links, not_started, parent};
-use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
+use crate::cli::{Address, ExitStatus, LingerTime, ReceiveOptions};
 use crate::machine::Allowance;
 use crate::progress::Screen;
 use crate::report::{CostClock, FinalReport, Owner, Role};
@@ -24,19 +26,30 @@ pub(super) fn receive(options: &ReceiveOptions) -> ExitStatus {
     }
 }
 
-fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitStatus, pageferry::vm::VmError> {
+fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     if let Some(parent) = options.with_parent {
         parent::end_with(parent)?;
     }
     let operator = Operator::listen(false)?;
-    let (acceptor, local) = links::acceptor(&options.listen, options.interface.as_ref(), options.peer_timeout)?;
+    let (acceptor, local, descriptors) = listen(options)?;
     screen.listening(&local.to_string());
     let mut config = DestinationConfig::default();
     config.wait_for_source = options.wait;
     config.peer_timeout = options.peer_timeout;
     config.settle_window = options.settle_window;
     let arrival = Arrival { role: Role::Receive, place: place(options), config, linger: options.linger.linger };
-    Ok(arrive(&arrival, &acceptor, screen, &operator))
+    Ok(arrive(&arrival, &acceptor, descriptors, screen, &operator))
+}
+
+/// Listens; says where, and where memory comes that is handed over.
+fn listen(options: &ReceiveOptions) -> Result<(Arc<dyn Acceptor>, Address, Option<Descriptors>), VmError> {
+    if let (Address::Unix(path), None) = (&options.listen, &options.interface) {
+        let acceptor = UnixAcceptor::bind(path)?;
+        let descriptors = acceptor.descriptors();
+        return Ok((Arc::new(acceptor), options.listen.clone(), Some(descriptors)));
+    }
+    let (acceptor, local) = links::acceptor(&options.listen, options.interface.as_ref(), options.peer_timeout)?;
+    Ok((acceptor, local, None))
 }
 
 fn place(options: &ReceiveOptions) -> Place {
@@ -56,10 +69,11 @@ pub(super) struct Arrival {
 pub(super) fn arrive(
     arrival: &Arrival,
     acceptor: &Arc<dyn Acceptor>,
+    descriptors: Option<Descriptors>,
     screen: &Arc<Screen>,
     operator: &Operator,
 ) -> ExitStatus {
-    let mut guest = AnyDestination::new(arrival.place, Arc::clone(screen));
+    let mut guest = AnyDestination::new(arrival.place, Arc::clone(screen)).taking(descriptors);
     let mut report = take_in(&mut guest, arrival, acceptor, screen, operator);
     if report.owner == Owner::Destination {
         afterwards::question(&mut guest, operator, arrival.linger, &mut report);

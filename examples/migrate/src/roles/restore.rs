@@ -36,5 +36,5 @@ fn try_restore(options: &RestoreOptions, screen: &Arc<Screen>) -> Result<ExitSta
         config: DestinationConfig::default(),
         linger: options.linger.linger,
     };
-    Ok(arrive(&arrival, &acceptor, screen, &operator))
+    Ok(arrive(&arrival, &acceptor, None, screen, &operator))
 }

@@ -38,5 +38,8 @@ fn try_save(options: &SaveOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     let dialer: Arc<dyn Dialer> = Arc::new(FileDialer::new(&options.file, how)?);
     let lane = options.lane();
     let way = Way { role: Role::Save, limits, lane: &lane, encoding, linger: options.linger.linger };
-    depart(&Departure { dialer, way, guest: &options.guest, moment: options.moment, verb: "saves" }, screen)
+    depart(
+        &Departure { dialer, hand_over: None, way, guest: &options.guest, moment: options.moment, verb: "saves" },
+        screen,
+    )
 }
