@@ -126,6 +126,20 @@ fn a_committed_source_hears_an_answer_that_came_before_its_lane_broke() {
 }
 
 #[test]
+fn a_guest_that_comes_back_after_commit_brings_the_reason_along() {
+    let mut session = source_until(until_commit);
+    session.handle(NOW, SourceInput::Message(Message::Abort { reason: "no room for its name".to_owned() }));
+    assert!(session.outcome().is_none(), "it decides nothing");
+    session.handle(NOW, SourceInput::Message(Message::Settled(Owner::Source)));
+    assert!(kept(session).to_string().contains("no room for its name"));
+    let mut session = source_until(until_commit);
+    session.handle(NOW, SourceInput::Message(Message::Abort { reason: "late".to_owned() }));
+    session.handle(NOW, SourceInput::Message(Message::Running { resume_us: 1 }));
+    remaining(&mut session);
+    assert!(matches!(session.outcome(), Some(Outcome::HandedOver)));
+}
+
+#[test]
 fn a_committed_source_that_hears_nothing_asks() {
     for late in [false, true] {
         let mut session = source_until(until_commit);

@@ -429,7 +429,10 @@ mod tests {
     use super::*;
 
     fn examples() -> Vec<Message> {
-        let layout = Layout::new(vec![Region::ram("low", 0, 0x8000), Region::ram("high", 1 << 32, 4096)]).unwrap();
+        let mut regions =
+            vec![Region::ram("low", 0, 0x8000), Region::ram("high", 1 << 32, 4096), Region::ram("rom", 1 << 33, 4096)];
+        (regions[1].transfer, regions[2].transfer) = (Transfer::Shared, Transfer::Skip);
+        let layout = Layout::new(regions).unwrap();
         let greeting =
             |role| Message::Greeting(Greeting { version_min: 1, version_max: 7, session: SessionId([9; 16]), role });
         vec![

@@ -4,6 +4,7 @@ mod common;
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use common::{Running, guest_kinds, program};
 
@@ -100,6 +101,32 @@ fn a_killed_save_leaves_no_file_under_its_name_and_does_not_disturb_the_next() {
     assert_eq!(next.code, 0, "{}", next.report());
     assert_eq!(folder.files(), 1, "and goes with the next");
     assert!(fs::exists(folder.file()).unwrap());
+}
+
+#[test]
+fn a_save_that_is_killed_at_any_moment_leaves_a_whole_guest_or_none() {
+    let folder = Folder::new("moments");
+    let mut whole = 0;
+    for delay in [0, 10, 20, 30, 40, 50, 60, 70, 80, 100, 130, 160, 200] {
+        let file = folder.file();
+        let mut saving = Running::start(&format!(
+            "save {file} --overwrite --guest process --memory 64M --mix random=100 --on-signal --linger 20ms"
+        ));
+        saving.wait_for("note");
+        saving.wait_for("note");
+        saving.signal("-USR1");
+        std::thread::sleep(Duration::from_millis(delay));
+        saving.kill();
+        saving.end();
+        if fs::exists(&file).unwrap() {
+            whole += 1;
+            let restored = Running::start(&format!("restore {file} --linger 20ms")).end();
+            let report = restored.report();
+            assert_eq!((restored.code, &report["guest_self_check"]), (0, &"ok".into()), "{delay} ms: {report}");
+            fs::remove_file(&file).unwrap();
+        }
+    }
+    assert!(whole > 0, "no save was ever done in time");
 }
 
 #[test]

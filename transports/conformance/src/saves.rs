@@ -141,7 +141,7 @@ pub fn a_cut_lane_leaves_the_guest_or_a_save(shelf: fn() -> Box<dyn Shelf>) {
                 comes_back(&*shelf, &guest);
             }
             Err(Failed::SourceStillOwns { .. }) => assert!(guest.runs() && !shelf.is_full(), "{case}"),
-            Err(_) => panic!("it is known who has it. {case}"),
+            Err(other) => panic!("it is known who has it. {other:?}, {case}"),
         }
     }
 }
@@ -184,7 +184,7 @@ pub fn a_cut_restore_runs_the_guest_or_says_that_it_does_not(shelf: fn() -> Box<
                 assert!(room.runs && room.content() == guest.content(), "{case}");
             }
             Err(Failed::SourceStillOwns { .. }) => assert!(!room.runs, "{case}"),
-            Err(_) => panic!("it is known who has it. {case}"),
+            Err(other) => panic!("it is known who has it. {other:?}, {case}"),
         }
     }
     comes_back(&*shelf, &guest);

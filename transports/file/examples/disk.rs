@@ -106,7 +106,7 @@ fn in_requests(len: u64, work: impl Fn(&mut [u8], u64) -> io::Result<()> + Sync)
             }
         };
         let threads: Vec<_> = (0..THREADS).map(|_| scope.spawn(thread)).collect();
-        threads.into_iter().map(|thread| thread.join().expect("it does not panic")).collect::<io::Result<()>>()
+        threads.into_iter().try_for_each(|thread| thread.join().expect("it does not panic"))
     })
 }
 

@@ -75,8 +75,8 @@ impl Saved {
     }
 
     /// Something that cannot be in a file that was saved.
-    pub(crate) fn invalid(&self, what: impl ToString) -> FileFailure {
-        FileFailure::Invalid { path: self.path.clone(), what: what.to_string() }
+    pub(crate) fn invalid(&self, what: impl Into<String>) -> FileFailure {
+        FileFailure::Invalid { path: self.path.clone(), what: what.into() }
     }
 
     /// Reads an extent and checks it.
@@ -163,7 +163,7 @@ impl LaneReader {
 
     /// The next frame as it was sent; `false` when there is none.
     pub(crate) fn frame(&mut self, frame: &mut FrameBuffer) -> Result<bool, FileFailure> {
-        let invalid = |reader: &Self, error: std::io::Error| reader.reading.saved.invalid(error);
+        let invalid = |reader: &Self, error: std::io::Error| reader.reading.saved.invalid(error.to_string());
         let header = frame.prepare(HEADER_LEN).map_err(|error| invalid(self, error))?;
         match self.fill(header)? {
             0 => return Ok(false),

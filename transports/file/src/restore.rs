@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io::{self, IoSlice};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -68,7 +68,8 @@ impl FileAcceptor {
     /// the pages are checked as they are read.
     pub fn open(path: impl Into<PathBuf>, options: RestoreOptions) -> Result<Self, TransportError> {
         let path = path.into();
-        open(&path, &options).map_err(|failure| {
+        let RestoreOptions { direct, spawner } = options;
+        open(&path, direct, &*spawner).map_err(|failure| {
             let local = format!("file:{}", path.display());
             TransportError::Accept { local, source: failure.into() }
         })
@@ -85,13 +86,13 @@ impl FileAcceptor {
     }
 }
 
-fn open(path: &std::path::Path, options: &RestoreOptions) -> Result<FileAcceptor, FileFailure> {
-    let saved = Arc::new(Saved::open(path, options.direct)?);
+fn open(path: &Path, direct: bool, spawner: &dyn Spawner) -> Result<FileAcceptor, FileFailure> {
+    let saved = Arc::new(Saved::open(path, direct)?);
     let mut session = SessionId([0; 16]);
     getrandom::fill(&mut session.0)
         .map_err(|error| FileFailure::Read { path: path.to_owned(), source: io::Error::other(error) })?;
     let player = Player::new(session, saved.protocol(), saved.data_lanes());
-    let reading = Arc::new(Reading::start(saved, &*options.spawner)?);
+    let reading = Arc::new(Reading::start(saved, spawner)?);
     let offer = read_offer(&reading)?;
     let playback = Playback {
         state: Mutex::new(Playing { player, control_given: false, lanes_given: 0, settle_given: false }),
@@ -356,13 +357,11 @@ impl MessageReceiver {
             return self.say(&heartbeat, frame).map_err(|error| invalid(error.to_string()));
         }
         self.state.playback.lock().player.repeat(header.kind, message.as_ref()).map_err(invalid)?;
-        match message {
-            Some(message) => self.say(&message, frame).map_err(|error| invalid(error.to_string())),
-            None => {
-                self.sequence += 1;
-                Ok(())
-            }
-        }
+        let Some(message) = message else {
+            self.sequence += 1;
+            return Ok(());
+        };
+        self.say(&message, frame).map_err(|error| invalid(error.to_string()))
     }
 }
 

@@ -68,12 +68,11 @@ impl ArrivingGuest {
             return Err(MachineError::invalid("memory layout", &"it is not one of this program's"));
         }
         let backing = self.config.backing.unwrap_or(description.kind.backing);
-        let memory = match self.config.memory.take() {
-            Some(memory) => memory,
-            None => {
-                room::check(description.ram_bytes, backing.into(), self.config.allowance)?;
-                map_memory(expected, backing, self.config.prefault)?
-            }
+        let memory = if let Some(memory) = self.config.memory.take() {
+            memory
+        } else {
+            room::check(description.ram_bytes, backing.into(), self.config.allowance)?;
+            map_memory(expected, backing, self.config.prefault)?
         };
         let kind = Kind { backing, ..description.kind };
         Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))

@@ -378,13 +378,12 @@ impl AnyDestination {
         layout: &Layout,
         given: Option<Arc<MappedMemory>>,
     ) -> VmResult<Arc<dyn GuestMemory>> {
-        let mut guest = match given {
-            Some(memory) => ArrivingProcessGuest::with_memory(memory),
-            None => {
-                let needed = layout.regions().iter().map(|region| region.len).sum();
-                check_room(needed, self.place.backing.into(), self.place.allowance)?;
-                ArrivingProcessGuest::new(self.place.backing.into(), self.place.prefault)
-            }
+        let mut guest = if let Some(memory) = given {
+            ArrivingProcessGuest::with_memory(memory)
+        } else {
+            let needed = layout.regions().iter().map(|region| region.len).sum();
+            check_room(needed, self.place.backing.into(), self.place.allowance)?;
+            ArrivingProcessGuest::new(self.place.backing.into(), self.place.prefault)
         };
         let memory = guest.prepare(config, layout)?;
         self.guest = Some(Box::new(guest));

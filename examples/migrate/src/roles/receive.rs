@@ -31,8 +31,7 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
         parent::end_with(parent)?;
     }
     let operator = Operator::listen(false)?;
-    let (acceptor, local, descriptors) = listen(options)?;
-    screen.listening(&local.to_string());
+    let (acceptor, descriptors) = listen(options, screen)?;
     let mut config = DestinationConfig::default();
     config.wait_for_source = options.wait;
     config.peer_timeout = options.peer_timeout;
@@ -41,15 +40,17 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
     Ok(arrive(&arrival, &acceptor, descriptors, screen, &operator))
 }
 
-/// Listens; says where, and where memory comes that is handed over.
-fn listen(options: &ReceiveOptions) -> Result<(Arc<dyn Acceptor>, Address, Option<Descriptors>), VmError> {
+/// Listens and says where; also returns where memory comes that is handed over.
+fn listen(options: &ReceiveOptions, screen: &Screen) -> Result<(Arc<dyn Acceptor>, Option<Descriptors>), VmError> {
     if let (Address::Unix(path), None) = (&options.listen, &options.interface) {
         let acceptor = UnixAcceptor::bind(path)?;
         let descriptors = acceptor.descriptors();
-        return Ok((Arc::new(acceptor), options.listen.clone(), Some(descriptors)));
+        screen.listening(&options.listen.to_string());
+        return Ok((Arc::new(acceptor), Some(descriptors)));
     }
     let (acceptor, local) = links::acceptor(&options.listen, options.interface.as_ref(), options.peer_timeout)?;
-    Ok((acceptor, local, None))
+    screen.listening(&local.to_string());
+    Ok((acceptor, None))
 }
 
 fn place(options: &ReceiveOptions) -> Place {

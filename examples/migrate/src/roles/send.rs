@@ -42,12 +42,13 @@ fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
 
 /// The socket to which memory is to be handed over.
 fn hand_over(options: &SendOptions) -> Result<&Path, HandOverError> {
-    match &options.to {
-        _ if options.guest.backing != Backing::Memfd => Err(HandOverError::NotMemfd),
-        _ if options.limits.verify == Verify::Full => Err(HandOverError::OneMemory),
-        Address::Unix(path) => Ok(path),
-        _ => Err(HandOverError::NotUnix),
+    if options.guest.backing != Backing::Memfd {
+        return Err(HandOverError::NotMemfd);
     }
+    if options.limits.verify == Verify::Full {
+        return Err(HandOverError::OneMemory);
+    }
+    if let Address::Unix(path) = &options.to { Ok(path) } else { Err(HandOverError::NotUnix) }
 }
 
 /// A guest that is to leave.

@@ -20,12 +20,8 @@ pub(crate) struct Folder {
 
 impl Folder {
     pub(crate) fn new(direct: bool) -> Self {
-        Self::within(std::env::temp_dir(), direct)
-    }
-
-    pub(crate) fn within(parent: PathBuf, direct: bool) -> Self {
         let name = format!("ferry-file-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
-        let path = parent.join(name);
+        let path = std::env::temp_dir().join(name);
         fs::create_dir_all(&path).expect("the folder for temporary files can be written");
         Self { path, direct }
     }
