@@ -189,6 +189,7 @@ fn take_first(socket: BorrowedFd<'_>) -> io::Result<Vec<OwnedFd>> {
         _ => None,
     });
     let brought: Vec<OwnedFd> = brought.flatten().collect();
-    // The kernel has closed those that found no room.
-    if received.flags.contains(ReturnFlags::CTRUNC) { Err(DescriptorFailure::TooMany.into()) } else { Ok(brought) }
+    // The kernel has closed those that found no room, and alignment may have left room for more.
+    let too_many = brought.len() > MAX_DESCRIPTORS || received.flags.contains(ReturnFlags::CTRUNC);
+    if too_many { Err(DescriptorFailure::TooMany.into()) } else { Ok(brought) }
 }
