@@ -148,7 +148,9 @@ impl Source {
             }
             while !frames.is_empty() {
                 let (frame, written) = frames.swap_remove(random.below(frames.len() as u64) as usize);
-                written.iter().for_each(|run| self.write_directly(*run, to));
+                for run in written {
+                    self.write_directly(run, to);
+                }
                 if busy {
                     self.disturb(random);
                 }

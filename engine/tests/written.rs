@@ -112,7 +112,7 @@ impl LaneSender for DirectSender {
             for offset in (run.offset..run.offset + run.len).step_by(PAGE as usize) {
                 let meddle = |moment| {
                     if let Some(meddle) = &self.1.meddler {
-                        meddle(run.region, offset, moment)
+                        meddle(run.region, offset, moment);
                     }
                 };
                 let mut page = [0; PAGE as usize];
