@@ -67,7 +67,7 @@ impl Ours {
     fn sender(&self, task: Task<'_>) -> Result<Program, BenchError> {
         let mut send = task.network.command(Side::Source, &self.program);
         send.args(["send", "--json", "--on-signal", "--linger", "0s"]);
-        send.args(["--to", &format!("{}:{PORT}", Side::Destination.address())]);
+        send.args(["--insecure-plaintext", "--to", &format!("tcp://{}:{PORT}", Side::Destination.address())]);
         send.args(task.subject.arguments()).args(&self.setting.send);
         let mut sender = Program::start("migrate send", send)?;
         sender.wait_for_line(PATIENCE, |line| line.contains("kill -USR1"))?;
@@ -77,7 +77,9 @@ impl Ours {
     fn receiver(&self, task: Task<'_>) -> Result<Program, BenchError> {
         let mut receive = task.network.command(Side::Destination, &self.program);
         receive.args(["receive", "--json", "--linger", "0s"]);
-        receive.args(["--listen", &format!("{}:{PORT}", Side::Destination.address())]).args(&self.setting.receive);
+        receive
+            .args(["--insecure-plaintext", "--listen", &format!("tcp://{}:{PORT}", Side::Destination.address())])
+            .args(&self.setting.receive);
         let mut receiver = Program::start("migrate receive", receive)?;
         receiver.wait_for_line(PATIENCE, |line| event(line).is_some_and(|event| event["event"] == "listening"))?;
         Ok(receiver)

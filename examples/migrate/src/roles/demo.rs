@@ -12,7 +12,7 @@ use pageferry::vm::VmError;
 use super::operator::{Operator, Wish};
 use super::send::{Way, became_ready, migrate};
 use super::{afterwards, ended_early, guests, links, not_started};
-use crate::cli::{Address, DemoOptions, ExitStatus, LingerTime};
+use crate::cli::{Address, DemoOptions, ExitStatus, LingerTime, Security};
 use crate::progress::{JsonEvent, Screen};
 use crate::report::{FinalReport, Owner, Role};
 
@@ -49,7 +49,7 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     let linger = LingerTime::For(options.linger);
     let way =
         Way { role: Role::Demo, limits: &options.limits, lane: &options.lane, encoding: &options.encoding, linger };
-    let dialer = links::dialer(&address, &options.lane, options.limits.peer_timeout)?;
+    let dialer = links::dialer(&address, &options.lane, &Security::default(), options.limits.peer_timeout, screen)?;
     let mut report = migrate(&mut guest, &dialer, &way, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, linger, &mut report);
@@ -84,7 +84,7 @@ enum Line {
 impl Destination {
     fn start(options: &DemoOptions) -> io::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["receive", "--listen", "127.0.0.1:0", "--json"]);
+        command.args(["receive", "--listen", &options.transport.listen(), "--json"]);
         command.args(["--with-parent", &std::process::id().to_string()]);
         command.args(["--linger", &milliseconds(options.linger), "--wait", "1h"]);
         command.args(["--peer-timeout", &milliseconds(options.limits.peer_timeout)]);
@@ -113,7 +113,7 @@ impl Destination {
     fn address(&self) -> Result<Address, VmError> {
         loop {
             match self.lines.recv_timeout(START) {
-                Ok(Line::Event(JsonEvent::Listening { address })) => return Ok(address.parse()?),
+                Ok(Line::Event(JsonEvent::Listening { connect, .. })) => return Ok(connect.parse()?),
                 Ok(Line::Event(_)) => {}
                 Ok(Line::Report(report)) => return Err(report.error.unwrap_or_default().into()),
                 Err(RecvTimeoutError::Timeout) => return Err("the destination process does not listen".into()),

@@ -29,8 +29,9 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
         parent::end_with(parent)?;
     }
     let operator = Operator::listen(false)?;
-    let (acceptor, local) = links::acceptor(&options.listen, options.interface.as_ref(), options.peer_timeout)?;
-    screen.listening(&local.to_string());
+    let ReceiveOptions { listen, interface, security, peer_timeout, .. } = options;
+    let (acceptor, local) = links::acceptor(listen, interface.as_ref(), security, *peer_timeout, screen)?;
+    screen.listening(&local.to_string(), &local.connection_string());
     let mut guest = AnyDestination::new(place(options), Arc::clone(screen));
     let mut report = take_in(&mut guest, options, &acceptor, screen, &operator);
     if report.owner == Owner::Destination {

@@ -27,7 +27,8 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     // What cannot be is said before a guest is started.
-    let dialer = links::dialer(&options.to, &options.lane, options.limits.peer_timeout)?;
+    let SendOptions { to, lane, security, limits, .. } = options;
+    let dialer = links::dialer(to, lane, security, limits.peer_timeout, screen)?;
     let operator = Operator::listen(options.moment.on_key)?;
     let mut guest = guests::start(&options.guest, screen, !options.moment.on_key, 1)?;
     if !became_ready(&mut guest, &operator)? {
@@ -37,8 +38,7 @@ fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     if operator.wait_for_moment(options.moment) == Wish::Stop {
         return Ok(ended_early(screen, Role::Send));
     }
-    let SendOptions { limits, lane, encoding, .. } = options;
-    let way = Way { role: Role::Send, limits, lane, encoding, linger: options.linger.linger };
+    let way = Way { role: Role::Send, limits, lane, encoding: &options.encoding, linger: options.linger.linger };
     let mut report = migrate(&mut guest, &dialer, &way, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
