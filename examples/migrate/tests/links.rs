@@ -41,6 +41,17 @@ fn two_hosts_pair_with_what_the_receiver_prints() {
 }
 
 #[test]
+fn a_demonstration_of_each_transport_ends_well() {
+    for transport in ["tls", "unix", "memfd", "file", "paths"] {
+        let arguments = format!("demo --transport {transport} --memory 48M --after 50ms --linger 50ms");
+        let ended = Running::start(&arguments).end();
+        let report = ended.report();
+        assert_eq!((ended.code, &report["outcome"]), (0, &"completed".into()), "{transport}: {report}");
+        assert_eq!(report["guest_self_check"], "ok", "{transport}: {report}");
+    }
+}
+
+#[test]
 fn what_leaves_the_host_is_encrypted_unless_somebody_insists() {
     // All of this host's addresses: it might leave.
     let listening = moves("0.0.0.0:0", "", "");
@@ -75,8 +86,9 @@ fn links_that_cannot_be_are_explained_before_a_guest_is_started() {
         ("send --to unix:/run/guest.sock --interface lo", "unix:/run/guest.sock has none"),
         ("receive --listen unix:/run/guest.sock --interface lo", "unix:/run/guest.sock has none"),
         ("receive --listen unix:/proc/guest.sock", "/proc/guest.sock"),
-        ("receive --listen file:/tmp/guest.save", "migrate restore"),
-        ("send --to file:/tmp/guest.save", "migrate save"),
+        ("receive --listen file:/nonexistent/guest.save", "/nonexistent/guest.save"),
+        ("send --to file:/nonexistent/guest.save", "/nonexistent"),
+        ("send --to file:guest.save --verify full", "--verify full"),
         ("receive --listen tls://127.0.0.1:0 --tls-dir /nonexistent", "/nonexistent"),
         ("send --to tls://127.0.0.1:1 --tls-dir /nonexistent", "/nonexistent"),
         (&format!("receive --listen tls://127.0.0.1:0/{pairing}"), "the receiver makes its own"),

@@ -131,7 +131,7 @@ pub fn a_cut_lane_leaves_one_owner(join: fn() -> Joined) {
 }
 
 /// Ends one of its lanes after a time, as a broken link would.
-struct CuttingDialer {
+pub(crate) struct CuttingDialer {
     dialer: Arc<dyn Dialer>,
     lane: usize,
     after: Duration,
@@ -140,7 +140,7 @@ struct CuttingDialer {
 }
 
 impl CuttingDialer {
-    fn new(dialer: Arc<dyn Dialer>, lane: usize, after: Duration) -> Self {
+    pub(crate) fn new(dialer: Arc<dyn Dialer>, lane: usize, after: Duration) -> Self {
         Self { dialer, lane, after, dialled: AtomicUsize::new(0), cutting: Mutex::default() }
     }
 }
@@ -177,9 +177,9 @@ impl Dialer for CuttingDialer {
 }
 
 /// A lane that was taken apart already.
-struct SplitLane {
-    peer: String,
-    halves: LaneHalves,
+pub(crate) struct SplitLane {
+    pub(crate) peer: String,
+    pub(crate) halves: LaneHalves,
 }
 
 impl Lane for SplitLane {

@@ -16,6 +16,10 @@ pub(crate) enum DemoTransport {
     Rdma,
     /// A Unix socket
     Unix,
+    /// A Unix socket, over which the guest's memory is handed over instead of copied
+    Memfd,
+    /// A file, from which the second process restores the guest
+    File,
     /// TCP over two paths at once
     Paths,
 }
@@ -28,11 +32,14 @@ impl DemoTransport {
             Self::Tls => "tls://127.0.0.1:0".to_owned(),
             Self::Quic => "quic://127.0.0.1:0".to_owned(),
             Self::Rdma => "rdma://127.0.0.1:0".to_owned(),
-            Self::Unix => {
-                let name = format!("pageferry-demo-{}.sock", std::process::id());
-                format!("unix:{}", std::env::temp_dir().join(name).display())
-            }
+            Self::Unix | Self::Memfd => format!("unix:{}", temporary("sock")),
+            Self::File => format!("file:{}", temporary("save")),
             Self::Paths => "tcp://127.0.0.1:0,tcp://127.0.0.2:0".to_owned(),
         }
     }
+}
+
+fn temporary(kind: &str) -> String {
+    let name = format!("pageferry-demo-{}.{kind}", std::process::id());
+    std::env::temp_dir().join(name).display().to_string()
 }

@@ -56,6 +56,13 @@ pub(crate) struct Lane {
     pub(crate) interface: Option<String>,
 }
 
+impl Lane {
+    /// Whether it leaves to the host which network is taken.
+    pub(crate) fn names_no_network(&self) -> bool {
+        self.bind.is_empty() && self.interface.is_none()
+    }
+}
+
 /// What happens when the time is up.
 #[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) enum OnTimeout {

@@ -1,9 +1,10 @@
-//! The command line: `migrate demo`, `migrate receive`, `migrate send`, `migrate export`.
+//! The command line: `migrate demo`, `migrate receive`, `migrate send`, `migrate save`, `migrate restore`, `migrate export`.
 
 mod address;
 mod demo;
 mod encoding;
 mod exit;
+mod file;
 mod guest;
 mod limits;
 mod security;
@@ -13,8 +14,9 @@ pub(crate) use address::{Address, NetAddress, Scheme};
 pub(crate) use demo::DemoTransport;
 pub(crate) use encoding::Encoding;
 pub(crate) use exit::ExitStatus;
+pub(crate) use file::{RestoreOptions, SaveOptions};
 pub(crate) use guest::{Backing, GuestKind, GuestOptions};
-pub(crate) use limits::{Lane, Limits};
+pub(crate) use limits::{Lane, Limits, Verify};
 pub(crate) use security::Security;
 
 use std::path::PathBuf;
@@ -45,6 +47,12 @@ pub(crate) enum Command {
     /// Starts a guest and moves it to where `migrate receive` listens.
     #[command(after_help = SEND_EXAMPLES, after_long_help = examples_and_exit(SEND_EXAMPLES))]
     Send(Box<SendOptions>),
+    /// Starts a guest and saves it to a file, where it ends; `migrate restore` goes on with it.
+    #[command(after_help = file::SAVE_EXAMPLES, after_long_help = examples_and_exit(file::SAVE_EXAMPLES))]
+    Save(Box<SaveOptions>),
+    /// Goes on with a guest that `migrate save` has put into a file.
+    #[command(after_help = file::RESTORE_EXAMPLES, after_long_help = examples_and_exit(file::RESTORE_EXAMPLES))]
+    Restore(RestoreOptions),
     /// Writes the built-in guest's program or its memory to a file, for another machine to run or to move.
     #[command(after_help = EXPORT_EXAMPLES, after_long_help = examples_and_exit(EXPORT_EXAMPLES))]
     Export(Box<ExportOptions>),
@@ -75,6 +83,7 @@ Examples:
   migrate send --to tcp://192.0.2.7:7000 --insecure-plaintext --encoders 4 --encoder-nice 10 --delta-cache 1G
   migrate send --to [::1]:7000 --on-signal --linger 5s --json
   migrate send --to unix:/run/guest.sock                    to another process of this host
+  migrate send --to unix:/run/guest.sock --backing memfd --hand-over-memory    and nothing is copied
   migrate send --to 127.0.0.1:7000 --kernel vmlinux --initrd initramfs.cpio --memory 256M";
 
 const EXPORT_EXAMPLES: &str = "\
@@ -170,6 +179,10 @@ pub(crate) struct SendOptions {
     /// Where the destination listens: the address that it has printed
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) to: Address,
+    /// Hand the guest's memory over instead of copying it, to a receiver on this host: to replace this process while the
+    /// guest lives on. Needs --to unix:PATH and --backing memfd
+    #[arg(long)]
+    pub(crate) hand_over_memory: bool,
     #[command(flatten)]
     pub(crate) security: Security,
     #[command(flatten)]

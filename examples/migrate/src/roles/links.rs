@@ -6,10 +6,11 @@ use std::time::Duration;
 
 use pageferry::transport::{Acceptor, Dialer};
 use pageferry::vm::VmError;
+use pageferry_file::{FileAcceptor, FileDialer, RestoreOptions, SaveOptions};
 use pageferry_paths::{PathOptions, PathsAcceptor, PathsDialer};
 use pageferry_tcp::{TcpAcceptor, TcpDialer, TcpOptions};
 use pageferry_tls::{DestinationIdentity, Pairing, SourceIdentity, TlsAcceptor, TlsDialer};
-use pageferry_unix::{UnixAcceptor, UnixDialer};
+use pageferry_unix::{Descriptors, UnixAcceptor, UnixDialer};
 
 use crate::cli::{Address, Lane, NetAddress, Scheme, Security};
 use crate::progress::Screen;
@@ -54,7 +55,6 @@ pub(super) fn dialer(
     screen: &Screen,
 ) -> Result<Arc<dyn Dialer>, VmError> {
     let means = Means { interface: lane.interface.as_ref(), security, peer_timeout, screen };
-    let network = !lane.bind.is_empty() || lane.interface.is_some();
     match to {
         Address::Net(address) => means.dialer(address, lane, sources(&lane.bind, 1)?[0]),
         Address::Paths(all) => {
@@ -67,27 +67,37 @@ pub(super) fn dialer(
                 .collect::<Result<_, _>>()?;
             Ok(Arc::new(PathsDialer::new(paths, path_options(peer_timeout))))
         }
-        Address::Unix(_) | Address::File(_) if network => Err(LinkError::NoNetwork(to.clone()).into()),
+        Address::Unix(_) | Address::File(_) if !lane.names_no_network() => Err(LinkError::NoNetwork(to.clone()).into()),
         Address::Unix(path) => Ok(Arc::new(UnixDialer::new(path))),
-        Address::File(_) => Err("a guest is saved to a file with `migrate save`".into()),
+        Address::File(path) => Ok(Arc::new(FileDialer::new(path, SaveOptions::default())?)),
     }
 }
 
-/// Listens at an address; says where, with the port that the host has chosen and what a sender needs besides.
+/// A place where guests arrive.
+pub(super) struct Listening {
+    pub(super) acceptor: Arc<dyn Acceptor>,
+    /// With the port that the host has chosen, and what a sender needs besides.
+    pub(super) local: Address,
+    /// Where memory comes that is handed over.
+    pub(super) descriptors: Option<Descriptors>,
+}
+
+/// Listens at an address.
 pub(super) fn acceptor(
     at: &Address,
     interface: Option<&String>,
     security: &Security,
     peer_timeout: Duration,
     screen: &Screen,
-) -> Result<(Arc<dyn Acceptor>, Address), VmError> {
+) -> Result<Listening, VmError> {
     let means = Means { interface, security, peer_timeout, screen };
     // Made once: all paths show the same certificate and know the same token.
     let mut identity = None;
-    match at {
+    let mut descriptors = None;
+    let (acceptor, local): (Arc<dyn Acceptor>, _) = match at {
         Address::Net(address) => {
             let (acceptor, local) = means.acceptor(address, &mut identity)?;
-            Ok((acceptor, Address::Net(local)))
+            (acceptor, Address::Net(local))
         }
         Address::Paths(all) => {
             let means = Means { peer_timeout: path_timeout(peer_timeout), ..means };
@@ -95,12 +105,19 @@ pub(super) fn acceptor(
                 all.iter().map(|address| means.acceptor(address, &mut identity)).collect::<Result<_, _>>()?;
             let (acceptors, locals): (Vec<_>, _) = bound.into_iter().unzip();
             let acceptor = PathsAcceptor::new(acceptors, path_options(peer_timeout));
-            Ok((Arc::new(acceptor), Address::Paths(locals)))
+            (Arc::new(acceptor), Address::Paths(locals))
         }
-        Address::Unix(_) | Address::File(_) if interface.is_some() => Err(LinkError::NoNetwork(at.clone()).into()),
-        Address::Unix(path) => Ok((Arc::new(UnixAcceptor::bind(path)?), at.clone())),
-        Address::File(_) => Err("a guest is restored from a file with `migrate restore`".into()),
-    }
+        Address::Unix(_) | Address::File(_) if interface.is_some() => {
+            return Err(LinkError::NoNetwork(at.clone()).into());
+        }
+        Address::Unix(path) => {
+            let acceptor = UnixAcceptor::bind(path)?;
+            descriptors = Some(acceptor.descriptors());
+            (Arc::new(acceptor), at.clone())
+        }
+        Address::File(path) => (Arc::new(FileAcceptor::open(path, RestoreOptions::default())?), at.clone()),
+    };
+    Ok(Listening { acceptor, local, descriptors })
 }
 
 impl Means<'_> {
