@@ -188,7 +188,7 @@ mod tests {
         assert_eq!(receiver.judge(&[0; PROOF_LEN], b"first", HERE, now), Err(Refusal::WrongToken));
         assert_eq!(receiver.judge(&[], b"first", HERE, now), Err(Refusal::WrongToken));
         // Somebody else's proof.
-        assert_eq!(receiver.judge(&proof(&receiver, b"first"), b"second", HERE, now), Err(Refusal::WrongToken));
+        assert_eq!(receiver.judge(&proof(&receiver, b"first"), b"second", THERE, now), Err(Refusal::WrongToken));
         for _ in 0..3 {
             assert_eq!(receiver.judge(&proof(&receiver, b"first"), b"first", HERE, now), Ok(()));
         }
