@@ -178,9 +178,7 @@ impl Link {
     /// Tells the peer why this side ends the connection, if that is possible without waiting for anybody.
     fn send_alert(&self) {
         let Ok(sending) = self.sending.try_lock() else { return };
-        let mut connection = lock(&self.connection);
-        while let Ok((_, Next::Again)) = connection.advance(&mut [], &mut |_| ()) {}
-        send_if_possible(&self.socket, connection.replies.bytes());
+        send_if_possible(&self.socket, lock(&self.connection).replies.bytes());
         drop(sending);
     }
 }

@@ -17,16 +17,16 @@ use pageferry_tls::{SourceIdentity, TlsAcceptor, TlsDialer};
 
 const CALLERS: usize = 1000;
 
-/// Callers that say nothing, or only half of a record.
+/// Callers that say nothing, or only half of a record; fewer when nobody accepts them any more.
 fn callers(address: SocketAddr, count: usize) -> Vec<TcpStream> {
     let call = |index: usize| {
-        let mut socket = TcpStream::connect(address).ok()?;
+        let mut socket = TcpStream::connect_timeout(&address, Duration::from_secs(2)).ok()?;
         if index.is_multiple_of(3) {
             socket.write_all(&[0x16, 3, 1, 2, 0, 1, 0, 1]).ok()?;
         }
         Some(socket)
     };
-    (0..count).filter_map(call).collect()
+    (0..count).map_while(call).collect()
 }
 
 #[test]
@@ -77,7 +77,7 @@ struct Flood {
 impl Drop for Flood {
     fn drop(&mut self) {
         let calling = self.calling.get_mut().unwrap().take().expect("the lanes were opened");
-        assert!(calling.join().unwrap() > CALLERS / 2);
+        assert!(calling.join().unwrap() > 256, "the door was never full");
     }
 }
 

@@ -23,7 +23,7 @@ use pairing::Receiver;
 
 /// What this link is called in the handshake (ALPN). The number is that of what stands before the first frame; frames
 /// agree on their version by themselves.
-const PROTOCOL: &[u8] = b"pageferry-link/1";
+pub(crate) const PROTOCOL: &[u8] = b"pageferry-link/1";
 
 /// Who the source is, and whom it takes for its destination.
 #[derive(Clone, Debug)]
