@@ -52,10 +52,11 @@ fn measure(dialer: &dyn Dialer, acceptor: Box<dyn Acceptor>, frames: usize) -> f
 fn main() {
     let number = |at| std::env::args().nth(at).and_then(|text| text.parse::<usize>().ok());
     let (frames, turns) = (number(1).unwrap_or(4) * (1 << 30) / FRAME, number(2).unwrap_or(3));
+    let only_tls = std::env::args().nth(3).is_some();
     for _ in 0..turns {
         let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default()).expect("a port is free");
         let dialer = TcpDialer::new(acceptor.local_addr().to_string(), TcpOptions::default());
-        let plain = measure(&dialer, Box::new(acceptor), frames);
+        let plain = if only_tls { 1e9 } else { measure(&dialer, Box::new(acceptor), frames) };
         let receiver = DestinationIdentity::for_pairing().expect("a key");
         let sender = Arc::new(SourceIdentity::from_pairing(receiver.pairing().expect("it pairs")).expect("a key"));
         let acceptor = TlsAcceptor::bind("127.0.0.1:0", TcpOptions::default(), receiver).expect("a port is free");
