@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use pageferry::transport::{Acceptor, Capabilities, Lane, TransportError};
 use pageferry_tcp::resolve;
 use pageferry_tls::{DestinationIdentity, Verdict, verdict_byte};
-use quinn::crypto::rustls::QuicServerConfig;
-use quinn::{Connection, ConnectionError, Endpoint, Incoming, RecvStream, SendStream, ServerConfig, VarInt};
+use quinn::{Connection, ConnectionError, Endpoint, Incoming, RecvStream, SendStream, VarInt};
 use rustls::pki_types::CertificateDer;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc};
 
 use crate::capabilities;
+use crate::config;
 use crate::error::{BUSY, QuicFailure};
 use crate::host::{Host, IN_ORDER};
 use crate::lane::QuicLane;
@@ -63,12 +63,10 @@ impl QuicAcceptor {
         }
         let socket = socket?;
         let local = socket.local_addr().map_err(refuse)?;
-        let tls = QuicServerConfig::try_from(identity.tls())
-            .map_err(|_| refuse(std::io::Error::other("no cipher suite that QUIC can begin with")))?;
-        let mut server = ServerConfig::with_crypto(Arc::new(tls));
         let mut transport = options.transport(local.ip().is_loopback());
         transport.max_concurrent_bidi_streams(VarInt::from_u32(1)).receive_window(VarInt::from_u32(GREETING_WINDOW));
-        server.transport_config(Arc::new(transport)).max_incoming(MAX_STRANGERS);
+        let mut server = config::server(&identity, transport).map_err(|failure| refuse(failure.into()))?;
+        server.max_incoming(MAX_STRANGERS);
         let host = Host::start(socket, Some(server))?;
         let (send, lanes) = mpsc::channel(MAX_WAITING);
         let reception = Reception {

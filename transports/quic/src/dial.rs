@@ -7,10 +7,10 @@ use std::time::{Duration, Instant};
 use pageferry::transport::{Capabilities, Dialer, Lane, LaneRole, TransportError};
 use pageferry_tcp::{DialFailure, resolve};
 use pageferry_tls::{FlawNote, SourceIdentity, TlsFailure, verdict_of};
-use quinn::crypto::rustls::QuicClientConfig;
-use quinn::{ClientConfig, Connection, VarInt};
+use quinn::{Connection, VarInt};
 
 use crate::capabilities;
+use crate::config;
 use crate::error::QuicFailure;
 use crate::host::{Host, IN_ORDER};
 use crate::lane::QuicLane;
@@ -112,13 +112,10 @@ impl QuicDialer {
     }
 
     fn connect(&self, host: &Host, address: SocketAddr, timeout: Duration) -> Result<Connection, QuicFailure> {
-        let (tls, note) = self.identity.tls_with_note();
         let name = self.identity.server_name(&self.target)?.to_str().into_owned();
-        let tls = QuicClientConfig::try_from(tls).map_err(|_| TlsFailure::NotPageferry)?;
-        let mut client = ClientConfig::new(Arc::new(tls));
         let mut transport = self.options.transport(address.ip().is_loopback());
         transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
-        client.transport_config(Arc::new(transport));
+        let (client, note) = config::client(&self.identity, transport)?;
         let begin = || host.endpoint().connect_with(client, address, &name);
         let work = async {
             let connection = begin()?.await.map_err(|error| handshake_failure(error, &note, address, timeout))?;

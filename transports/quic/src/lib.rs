@@ -10,6 +10,9 @@
 #![deny(unsafe_code)]
 
 mod accept;
+#[doc(hidden)]
+pub mod bare;
+mod config;
 mod dial;
 mod error;
 mod host;
