@@ -4,7 +4,6 @@
 
 use std::io::IoSlice;
 use std::net::SocketAddr;
-use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Acceptor, Dialer, LaneRole};
