@@ -1,5 +1,5 @@
 //! One lane, and one bare stream of quinn with the same parameters, in turns, on loopback: `cargo run --release -p
-//! pageferry-quic --example throughput [GiB] [turns] [lanes]`. Both ends are in this process; frames are of 512 KiB.
+//! pageferry-quic --example quic_throughput [GiB] [turns] [lanes]`. Both ends are in this process; frames are of 512 KiB.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use std::io::IoSlice;

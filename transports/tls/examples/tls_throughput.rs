@@ -1,5 +1,5 @@
 //! One lane over TLS and one over plain TCP, in turns, on loopback: `cargo run --release -p pageferry-tls --example
-//! throughput [GiB] [turns]`. Both ends are in this process; frames are of 512 KiB, which nothing could compress.
+//! tls_throughput [GiB] [turns]`. Both ends are in this process; frames are of 512 KiB, which nothing could compress.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use std::io::IoSlice;
