@@ -7,6 +7,7 @@ use std::sync::Arc;
 use clap::ValueEnum;
 use pageferry::transport::{Acceptor, Dialer};
 use pageferry_paths::{PathOptions, PathsAcceptor, PathsDialer};
+use pageferry_quic::{QuicAcceptor, QuicDialer, QuicOptions};
 use pageferry_tcp::{TcpAcceptor, TcpDialer, TcpOptions};
 use pageferry_tls::{DestinationIdentity, Pairing, SourceIdentity, TlsAcceptor, TlsDialer};
 use pageferry_unix::{UnixAcceptor, UnixDialer};
@@ -22,6 +23,8 @@ pub(crate) enum Over {
     Tcp,
     /// TLS over TCP, paired
     Tls,
+    /// QUIC, paired
+    Quic,
     /// A Unix socket
     Unix,
     /// TCP over two paths
@@ -33,6 +36,7 @@ impl fmt::Display for Over {
         f.write_str(match self {
             Self::Tcp => "TCP",
             Self::Tls => "TLS",
+            Self::Quic => "QUIC",
             Self::Unix => "Unix socket",
             Self::Paths => "two TCP paths",
         })
@@ -45,6 +49,7 @@ pub(crate) enum Door {
     Tcp(String),
     /// With what was printed for the source.
     Tls(String, String),
+    Quic(String, String),
     Unix(PathBuf),
     Paths(Vec<String>),
 }
@@ -64,9 +69,14 @@ impl Over {
                 let (acceptor, address) = bind("127.0.0.1")?;
                 (acceptor, Door::Tcp(address))
             }
-            Self::Tls => {
+            Self::Tls | Self::Quic => {
                 let identity = DestinationIdentity::for_pairing().map_err(|error| transport(error.into()))?;
                 let pairing = identity.pairing().map(ToString::to_string).unwrap_or_default();
+                if self == Self::Quic {
+                    let acceptor = QuicAcceptor::bind("127.0.0.1:0", &QuicOptions::default(), identity)?;
+                    let address = acceptor.local_addr().to_string();
+                    return Ok((Arc::new(acceptor), Door::Quic(address, pairing)));
+                }
                 let acceptor = TlsAcceptor::bind("127.0.0.1:0", TcpOptions::default(), identity)?;
                 let address = acceptor.local_addr().to_string();
                 (Arc::new(acceptor), Door::Tls(address, pairing))
@@ -89,13 +99,16 @@ impl Door {
     /// Dials whoever listens there.
     pub(crate) fn dial(&self) -> Result<Arc<dyn Dialer>, BenchError> {
         let transport = |source: pageferry::vm::VmError| BenchError::Engine { what: "use a pairing", source };
+        let identity = |pairing: &String| {
+            let pairing: Pairing = pairing.parse().map_err(|error| transport(Box::new(error)))?;
+            SourceIdentity::from_pairing(&pairing).map_err(|error| transport(error.into()))
+        };
         let tcp = |address: &String| TcpDialer::new(address, TcpOptions::default());
         Ok(match self {
             Self::Tcp(address) => Arc::new(tcp(address)),
-            Self::Tls(address, pairing) => {
-                let pairing: Pairing = pairing.parse().map_err(|error| transport(Box::new(error)))?;
-                let identity = SourceIdentity::from_pairing(&pairing).map_err(|error| transport(error.into()))?;
-                Arc::new(TlsDialer::new(address, TcpOptions::default(), identity))
+            Self::Tls(address, pairing) => Arc::new(TlsDialer::new(address, TcpOptions::default(), identity(pairing)?)),
+            Self::Quic(address, pairing) => {
+                Arc::new(QuicDialer::new(address, QuicOptions::default(), identity(pairing)?))
             }
             Self::Unix(path) => Arc::new(UnixDialer::new(path)),
             Self::Paths(addresses) => {

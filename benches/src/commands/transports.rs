@@ -25,7 +25,7 @@ pub(crate) struct TransportsOptions {
     #[arg(long, default_value = "2", value_parser = clap::value_parser!(u16).range(1..=128))]
     lanes: u16,
     /// Which, beside plain TCP
-    #[arg(long, value_enum, value_delimiter = ',', default_value = "tls,unix,paths")]
+    #[arg(long, value_enum, value_delimiter = ',', default_value = "tls,quic,unix,paths")]
     over: Vec<Over>,
 }
 

@@ -32,7 +32,7 @@ fn a_guest_moves_over_a_unix_socket() {
 
 #[test]
 fn two_hosts_pair_with_what_the_receiver_prints() {
-    for scheme in ["tls"] {
+    for scheme in ["tls", "quic"] {
         let listening = moves(&format!("{scheme}://127.0.0.1:0"), "", "");
         let (address, connect) = (listening["address"].as_str().unwrap(), listening["connect"].as_str().unwrap());
         assert!(address.starts_with(&format!("{scheme}://127.0.0.1:")) && !address.contains("pair-"), "{address}");
@@ -42,7 +42,7 @@ fn two_hosts_pair_with_what_the_receiver_prints() {
 
 #[test]
 fn a_demonstration_of_each_transport_ends_well() {
-    for transport in ["tls", "unix", "memfd", "file", "paths"] {
+    for transport in ["tls", "quic", "unix", "memfd", "file", "paths"] {
         let arguments = format!("demo --transport {transport} --memory 48M --after 50ms --linger 50ms");
         let ended = Running::start(&arguments).end();
         let report = ended.report();
@@ -74,6 +74,7 @@ fn a_guest_moves_over_two_paths() {
     moves("127.0.0.1:0,127.0.0.2:0", "", "");
     moves("127.0.0.1:0,127.0.0.2:0", "", "--bind 127.0.0.1,127.0.0.2");
     moves("tls://127.0.0.1:0,127.0.0.2:0", "", "");
+    moves("quic://127.0.0.1:0,tls://127.0.0.2:0", "", "");
     refused("send --to 127.0.0.1:1,127.0.0.2:1,127.0.0.3:1 --bind 127.0.0.1,127.0.0.2", "2 addresses for 3 paths");
 }
 

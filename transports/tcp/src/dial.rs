@@ -208,7 +208,7 @@ impl From<DialFailure> for io::Error {
 }
 
 /// The addresses of `host:port`, in the resolver's order.
-pub(crate) fn resolve(target: &str) -> Result<Vec<SocketAddr>, DialFailure> {
+pub fn resolve(target: &str) -> Result<Vec<SocketAddr>, DialFailure> {
     if let Ok(address) = target.parse() {
         return Ok(vec![address]);
     }

@@ -77,6 +77,7 @@ pub(crate) struct Connection {
     /// Records that the connection wants sent before anything else.
     pub(crate) replies: Outgoing,
     peer_closed: bool,
+    broken: bool,
 }
 
 impl Connection {
@@ -89,7 +90,7 @@ impl Connection {
     }
 
     fn new(side: Side) -> Self {
-        Self { side, replies: Outgoing::default(), peer_closed: false }
+        Self { side, replies: Outgoing::default(), peer_closed: false, broken: false }
     }
 
     fn state(&self) -> &CommonState {
@@ -104,25 +105,60 @@ impl Connection {
         !self.state().is_handshaking()
     }
 
+    /// Whether the peer has said that it wants the same of this connection. TLS lets it say nothing.
+    pub(crate) fn speaks(&self, protocol: &[u8]) -> bool {
+        self.state().alpn_protocol() == Some(protocol)
+    }
+
     /// The peer's certificates, its own first.
     pub(crate) fn peer_chain(&self) -> Option<&[CertificateDer<'static>]> {
         self.state().peer_certificates()
     }
 
-    /// Works on received bytes; gives out what was in them, and how many are used up.
+    /// Works on received bytes; gives out what was in them, and how many are used up. After an error, `replies` holds
+    /// what is to be said to the peer, and the connection is good for nothing more.
     pub(crate) fn advance(
         &mut self,
         incoming: &mut [u8],
         plaintext: &mut impl FnMut(&[u8]),
     ) -> Result<(usize, Next), Error> {
-        let replies = &mut self.replies;
-        let (used, next) = match &mut self.side {
-            Side::Source(connection) => read(connection.process_tls_records(incoming), plaintext, replies),
-            Side::Destination(connection) => read(connection.process_tls_records(incoming), plaintext, replies),
-        }?;
+        if self.broken {
+            return Err(unexpected("that is broken"));
+        }
+        let mut used = 0;
+        let found = self.step(incoming, &mut used, plaintext).and_then(|next| {
+            let held_back = next == Next::Starved && self.is_open() && holds_record(&incoming[used..]);
+            // rustls keeps the pieces of a message where they lie until it is whole, and must be shown them at every
+            // call: the sending half could not. Nobody splits the few bytes that may come after the handshake.
+            if held_back { Err(unexpected("whose peer sends messages in pieces")) } else { Ok(next) }
+        });
+        if found.is_err() {
+            self.broken = true;
+            while self.state().wants_write() {
+                let mut more = 0;
+                match self.step(&mut incoming[used..], &mut more, &mut |_| ()) {
+                    Ok(Next::Again) if more == 0 => {}
+                    _ => break,
+                }
+            }
+        }
+        let next = found?;
         self.peer_closed |= next == Next::PeerClosed;
         let ended = self.peer_closed && next == Next::Starved;
         Ok((used, if ended { Next::PeerClosed } else { next }))
+    }
+
+    fn step(
+        &mut self,
+        incoming: &mut [u8],
+        used: &mut usize,
+        plaintext: &mut impl FnMut(&[u8]),
+    ) -> Result<Next, Error> {
+        let replies = &mut self.replies;
+        match &mut self.side {
+            Side::Source(connection) => read(connection.process_tls_records(incoming), used, plaintext, replies),
+            Side::Destination(connection) => read(connection.process_tls_records(incoming), used, plaintext, replies),
+        }
     }
 
     /// Encrypts.
@@ -136,6 +172,9 @@ impl Connection {
     }
 
     fn write(&mut self, job: Job<'_>, outgoing: &mut Outgoing) -> Result<(), Error> {
+        if self.broken {
+            return Err(unexpected("that is broken"));
+        }
         loop {
             let replies = &mut self.replies;
             let written = match &mut self.side {
@@ -169,18 +208,27 @@ fn unexpected(state: &str) -> Error {
     Error::General(format!("a connection {state}"))
 }
 
+/// Whether there is a whole record, going by its header.
+fn holds_record(bytes: &[u8]) -> bool {
+    match bytes {
+        [_, _, _, high, low, rest @ ..] => rest.len() >= usize::from(u16::from_be_bytes([*high, *low])),
+        _ => false,
+    }
+}
+
 fn read<D>(
     status: UnbufferedStatus<'_, '_, D>,
+    used: &mut usize,
     plaintext: &mut impl FnMut(&[u8]),
     replies: &mut Outgoing,
-) -> Result<(usize, Next), Error> {
-    let mut used = status.discard;
+) -> Result<Next, Error> {
+    *used = status.discard;
     let next = match status.state? {
         ConnectionState::ReadTraffic(mut traffic) => {
             while let Some(record) = traffic.next_record() {
                 let record = record?;
                 plaintext(record.payload);
-                used += record.discard;
+                *used += record.discard;
             }
             Next::Again
         }
@@ -196,7 +244,7 @@ fn read<D>(
         ConnectionState::PeerClosed | ConnectionState::Closed => Next::PeerClosed,
         _ => return Err(unexpected("with early data")),
     };
-    Ok((used, next))
+    Ok(next)
 }
 
 fn write<D>(

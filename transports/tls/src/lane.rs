@@ -1,8 +1,8 @@
 //! A lane over one TLS connection.
 //!
 //! The connection's state is under a lock that is held while records are encrypted or decrypted and never while the
-//! socket is waited for, so that the directions do not hold each other up. A destination's lane is opened by whoever
-//! uses it first: the handshake with a stranger is nothing that `accept` could wait for.
+//! socket is waited for, so that the directions do not hold each other up. A destination's lane is opened by a thread
+//! of its own, or by whoever uses it first: the handshake with a stranger is nothing that `accept` could wait for.
 
 use std::io::{self, IoSlice};
 use std::net::{IpAddr, Shutdown, SocketAddr};
@@ -39,14 +39,14 @@ const SHARED_RECORD: usize = 16 << 10;
 
 /// A TLS connection that carries frames.
 pub(crate) struct TlsLane {
-    link: Arc<Link>,
+    hold: Hold,
     peer: SocketAddr,
 }
 
 impl TlsLane {
     /// A lane that is open.
     pub(crate) fn open(socket: Socket, peer: SocketAddr, connection: Connection, rest: Remainder) -> Self {
-        Self { link: Arc::new(Link::new(socket, connection, Opening::Done(Some(rest)))), peer }
+        Self { hold: Hold::new(Link::new(socket, connection, Opening::Done(Some(rest)))), peer }
     }
 
     /// A lane whose caller is yet to be heard.
@@ -57,7 +57,17 @@ impl TlsLane {
         identity: DestinationIdentity,
     ) -> Self {
         let opening = Opening::Waiting { identity, from: peer.ip() };
-        Self { link: Arc::new(Link::new(socket, connection, opening)), peer }
+        Self { hold: Hold::new(Link::new(socket, connection, opening)), peer }
+    }
+
+    /// Opens the lane, unless somebody does it already: to be called on a thread that has time. Ends when the lane is
+    /// closed or dropped.
+    pub(crate) fn opener(&self) -> impl FnOnce() + Send + 'static {
+        let link = Arc::clone(self.hold.link());
+        move || {
+            // Whoever uses the lane hears of it.
+            let _ = link.ensure_open();
+        }
     }
 }
 
@@ -67,11 +77,11 @@ impl Lane for TlsLane {
     }
 
     fn split(self: Box<Self>) -> io::Result<LaneHalves> {
-        let link = self.link;
+        let hold = self.hold;
         Ok(LaneHalves {
-            sender: Box::new(TlsSender { link: Arc::clone(&link), small: Vec::new() }),
-            receiver: Box::new(TlsReceiver { link: Arc::clone(&link), received: None }),
-            closer: Arc::new(TlsCloser(link)),
+            sender: Box::new(TlsSender { hold: hold.clone(), small: Vec::new() }),
+            receiver: Box::new(TlsReceiver { hold: hold.clone(), received: None }),
+            closer: Arc::new(TlsCloser(hold)),
         })
     }
 }
@@ -147,6 +157,15 @@ impl Link {
         }
     }
 
+    /// Ends both directions.
+    fn close(&self) {
+        if !self.closed.swap(true, Ordering::AcqRel) {
+            self.say_goodbye();
+        }
+        // Fails only where there is no connection left to end.
+        let _ = self.socket.shutdown(Shutdown::Both);
+    }
+
     /// Tells the peer that this is the end, if that is possible without waiting for anybody.
     fn say_goodbye(&self) {
         let Ok(mut sending) = self.sending.try_lock() else { return };
@@ -159,33 +178,46 @@ impl Link {
     /// Tells the peer why this side ends the connection, if that is possible without waiting for anybody.
     fn send_alert(&self) {
         let Ok(sending) = self.sending.try_lock() else { return };
-        let mut connection = lock(&self.connection);
-        while let Ok((_, Next::Again)) = connection.advance(&mut [], &mut |_| ()) {}
-        send_if_possible(&self.socket, connection.replies.bytes());
+        send_if_possible(&self.socket, lock(&self.connection).replies.bytes());
         drop(sending);
     }
 }
 
-impl Drop for Link {
+/// What the users of a lane have of it. With the last of them the connection ends, in order, whoever is opening it.
+#[derive(Clone)]
+struct Hold(Arc<HoldOf>);
+
+struct HoldOf(Arc<Link>);
+
+impl Hold {
+    fn new(link: Link) -> Self {
+        Self(Arc::new(HoldOf(Arc::new(link))))
+    }
+
+    fn link(&self) -> &Arc<Link> {
+        &self.0.0
+    }
+}
+
+impl Drop for HoldOf {
     fn drop(&mut self) {
-        if !self.closed.load(Ordering::Acquire) {
-            self.say_goodbye();
-        }
+        self.0.close();
     }
 }
 
 struct TlsSender {
-    link: Arc<Link>,
+    hold: Hold,
     small: Vec<u8>,
 }
 
 impl LaneSender for TlsSender {
     fn send(&mut self, frame: &mut [IoSlice<'_>]) -> io::Result<()> {
-        self.link.ensure_open()?;
-        let mut sending = lock(&self.link.sending);
+        let link = self.hold.link();
+        link.ensure_open()?;
+        let mut sending = lock(&link.sending);
         sending.clear();
         self.small.clear();
-        let mut post = Post { link: &self.link, outgoing: &mut sending };
+        let mut post = Post { link, outgoing: &mut sending };
         for part in frame.iter() {
             if part.len() < SMALL {
                 self.small.extend_from_slice(part);
@@ -229,17 +261,18 @@ impl Post<'_> {
 }
 
 struct TlsReceiver {
-    link: Arc<Link>,
+    hold: Hold,
     received: Option<Received>,
 }
 
 impl LaneReceiver for TlsReceiver {
     fn receive(&mut self, frame: &mut FrameBuffer) -> io::Result<()> {
-        self.link.ensure_open()?;
-        let received = self.received.get_or_insert_with(|| Received::new(self.link.remainder()));
-        received.fill(&self.link, frame.prepare(HEADER_LEN)?, true)?;
+        let link = self.hold.link();
+        link.ensure_open()?;
+        let received = self.received.get_or_insert_with(|| Received::new(link.remainder()));
+        received.fill(link, frame.prepare(HEADER_LEN)?, true)?;
         let body = frame.announced_body()?;
-        received.fill(&self.link, frame.extend(body)?, false)
+        received.fill(link, frame.extend(body)?, false)
     }
 }
 
@@ -323,15 +356,11 @@ impl Received {
     }
 }
 
-struct TlsCloser(Arc<Link>);
+struct TlsCloser(Hold);
 
 impl LaneCloser for TlsCloser {
     fn close(&self) {
-        if !self.0.closed.swap(true, Ordering::AcqRel) {
-            self.0.say_goodbye();
-        }
-        // Fails only where there is no connection left to end.
-        let _ = self.0.socket.shutdown(Shutdown::Both);
+        self.0.link().close();
     }
 }
 

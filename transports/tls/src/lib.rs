@@ -23,7 +23,9 @@ mod socket;
 pub use accept::TlsAcceptor;
 pub use dial::TlsDialer;
 pub use error::{CertificateFlaw, IdentityFailure, TlsFailure};
-pub use identity::{DestinationIdentity, Pairing, Refusal, SourceIdentity, Verdict, verdict_byte, verdict_of};
+pub use identity::{
+    DestinationIdentity, FlawNote, Pairing, Refusal, SourceIdentity, Verdict, verdict_byte, verdict_of,
+};
 
 use pageferry::transport::Capabilities;
 

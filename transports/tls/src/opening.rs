@@ -10,7 +10,7 @@ use socket2::Socket;
 
 use crate::connection::{Connection, Next};
 use crate::error::TlsFailure;
-use crate::identity::{DestinationIdentity, verdict_byte, verdict_of};
+use crate::identity::{DestinationIdentity, PROTOCOL, verdict_byte, verdict_of};
 use crate::socket::{Deadline, Incoming, send_all, send_if_possible};
 
 /// Bytes of buffer at first: enough for one certificate of each side.
@@ -33,7 +33,7 @@ pub(crate) fn ask(
     deadline: Deadline,
 ) -> Result<Remainder, TlsFailure> {
     let mut opening = Opening::new(connection, socket, deadline);
-    opening.pump(|connection, _| connection.is_open())?;
+    opening.shake_hands()?;
     opening.say(proof)?;
     opening.pump(|_, plaintext| !plaintext.is_empty())?;
     verdict_of(opening.plaintext.remove(0)).map_err(TlsFailure::Refused)?;
@@ -50,7 +50,8 @@ pub(crate) fn answer(
 ) -> Result<Remainder, TlsFailure> {
     let proof_len = identity.proof_len();
     let mut opening = Opening::new(connection, socket, deadline);
-    opening.pump(|connection, plaintext| connection.is_open() && plaintext.len() >= proof_len)?;
+    opening.shake_hands()?;
+    opening.pump(|_, plaintext| plaintext.len() >= proof_len)?;
     let proof: Vec<u8> = opening.plaintext.drain(..proof_len).collect();
     let verdict = identity.judge(&proof, opening.connection.peer_chain(), from, Instant::now());
     opening.say(&[verdict_byte(verdict)])?;
@@ -73,6 +74,11 @@ impl<'a> Opening<'a> {
 
     fn remainder(self) -> Remainder {
         Remainder { incoming: self.incoming, plaintext: self.plaintext }
+    }
+
+    fn shake_hands(&mut self) -> Result<(), TlsFailure> {
+        self.pump(|connection, _| connection.is_open())?;
+        if self.connection.speaks(PROTOCOL) { Ok(()) } else { Err(TlsFailure::NotPageferry) }
     }
 
     /// Goes on until this much has happened.
@@ -148,7 +154,6 @@ impl<'a> Opening<'a> {
 
     /// Sends the alert that the connection has made of its error.
     fn tell_why(&mut self) {
-        while let Ok((_, Next::Again)) = self.connection.advance(&mut [], &mut |_| ()) {}
         send_if_possible(self.socket, self.connection.replies.bytes());
     }
 }

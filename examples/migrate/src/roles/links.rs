@@ -8,6 +8,7 @@ use pageferry::transport::{Acceptor, Dialer};
 use pageferry::vm::VmError;
 use pageferry_file::{FileAcceptor, FileDialer, RestoreOptions, SaveOptions};
 use pageferry_paths::{PathOptions, PathsAcceptor, PathsDialer};
+use pageferry_quic::{QuicAcceptor, QuicDialer, QuicOptions};
 use pageferry_tcp::{TcpAcceptor, TcpDialer, TcpOptions};
 use pageferry_tls::{DestinationIdentity, Pairing, SourceIdentity, TlsAcceptor, TlsDialer};
 use pageferry_unix::{Descriptors, UnixAcceptor, UnixDialer};
@@ -132,7 +133,14 @@ impl Means<'_> {
                     None => Arc::new(dialer),
                 })
             }
-            Scheme::Quic => Err("QUIC is not in this build".into()),
+            Scheme::Quic => {
+                let identity = self.source_identity(to, lane)?;
+                let dialer = QuicDialer::new(target, self.quic_options(), identity);
+                Ok(match source {
+                    Some(address) => Arc::new(dialer.with_source(address)),
+                    None => Arc::new(dialer),
+                })
+            }
             Scheme::Rdma => Err(LinkError::NoRdma.into()),
             Scheme::Any | Scheme::Tcp => {
                 let dialer = TcpDialer::new(target, options);
@@ -161,7 +169,13 @@ impl Means<'_> {
                 let local = reachable(acceptor.local_addr(), Scheme::Tls, pairing);
                 Ok((Arc::new(acceptor), local))
             }
-            Scheme::Quic => Err("QUIC is not in this build".into()),
+            Scheme::Quic => {
+                let identity = self.destination_identity(identity)?;
+                let pairing = identity.pairing().cloned();
+                let acceptor = QuicAcceptor::bind(target, &self.quic_options(), identity)?;
+                let local = reachable(acceptor.local_addr(), Scheme::Quic, pairing);
+                Ok((Arc::new(acceptor), local))
+            }
             Scheme::Rdma => Err(LinkError::NoRdma.into()),
             scheme @ (Scheme::Any | Scheme::Tcp) => {
                 let acceptor = TcpAcceptor::bind(target, options)?;
@@ -214,6 +228,13 @@ impl Means<'_> {
             None => DestinationIdentity::for_pairing()?,
         };
         Ok(made.insert(identity).clone())
+    }
+
+    fn quic_options(&self) -> QuicOptions {
+        let mut options = QuicOptions::default();
+        options.interface = self.interface.cloned();
+        options.dead_peer_after = self.peer_timeout;
+        options
     }
 
     fn tcp_options(&self) -> TcpOptions {

@@ -1,11 +1,13 @@
 //! Who the two ends are, and how each makes sure of the other: what TLS and QUIC have in common.
 
 mod crypto;
+mod noting;
 mod pairing;
 mod pem;
 mod pinned;
 mod verdict;
 
+pub use noting::FlawNote;
 pub use pairing::Pairing;
 pub use verdict::{Refusal, Verdict, verdict_byte, verdict_of};
 
@@ -15,6 +17,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use rustls::client::Resumption;
+use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::{CertificateDer, ServerName};
 use rustls::{ClientConfig, ServerConfig};
 
@@ -23,12 +26,13 @@ use pairing::Receiver;
 
 /// What this link is called in the handshake (ALPN). The number is that of what stands before the first frame; frames
 /// agree on their version by themselves.
-const PROTOCOL: &[u8] = b"pageferry-link/1";
+pub(crate) const PROTOCOL: &[u8] = b"pageferry-link/1";
 
 /// Who the source is, and whom it takes for its destination.
 #[derive(Clone, Debug)]
 pub struct SourceIdentity {
     tls: Arc<ClientConfig>,
+    verifier: Arc<dyn ServerCertVerifier>,
     name: Naming,
     proof: Option<[u8; pairing::PROOF_LEN]>,
 }
@@ -46,14 +50,14 @@ impl SourceIdentity {
     /// The identity in a folder: `cert.pem` (with its intermediates), `key.pem`, and the CA that the destination's
     /// certificate must come from, `ca.pem`. The destination's certificate must be valid for the host that is dialled.
     pub fn from_pem_dir(folder: impl AsRef<Path>) -> Result<Self, IdentityFailure> {
-        let tls = pem::Folder::read(folder.as_ref())?.source()?;
-        Ok(Self { tls: shared(tls), name: Naming::Dialled, proof: None })
+        let (tls, verifier) = pem::Folder::read(folder.as_ref())?.source()?;
+        Ok(Self { tls: shared(tls), verifier, name: Naming::Dialled, proof: None })
     }
 
     /// A fresh identity, for the one destination that has printed this string.
     pub fn from_pairing(pairing: &Pairing) -> Result<Self, IdentityFailure> {
-        let (tls, proof) = pairing::source(pairing)?;
-        Ok(Self { tls: shared(tls), name: Naming::Fixed(pairing::name()), proof: Some(proof) })
+        let (tls, verifier, proof) = pairing::source(pairing)?;
+        Ok(Self { tls: shared(tls), verifier, name: Naming::Fixed(pairing::name()), proof: Some(proof) })
     }
 
     /// Expects this name in the destination's certificate, whatever host is dialled. Of no use with pairing.
@@ -67,6 +71,14 @@ impl SourceIdentity {
     /// What to do the handshake with.
     pub fn tls(&self) -> Arc<ClientConfig> {
         Arc::clone(&self.tls)
+    }
+
+    /// The same, for a library that reports errors as text: what is wrong with a peer's certificate can be read in the note.
+    pub fn tls_with_note(&self) -> (ClientConfig, FlawNote) {
+        let (mut tls, note) = (ClientConfig::clone(&self.tls), FlawNote::default());
+        let verifier = noting::Noting::new(Arc::clone(&self.verifier), note.clone());
+        tls.dangerous().set_certificate_verifier(Arc::new(verifier));
+        (tls, note)
     }
 
     /// The name to expect at `HOST:PORT`.

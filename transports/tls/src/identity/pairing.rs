@@ -13,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
 
 use data_encoding::BASE64URL_NOPAD;
+use rustls::client::danger::ServerCertVerifier;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName};
 use rustls::{ClientConfig, ServerConfig};
 
@@ -87,18 +88,21 @@ fn fresh() -> Result<(CertificateDer<'static>, PrivateKeyDer<'static>), Identity
     Ok((certificate.der().clone(), PrivatePkcs8KeyDer::from(key.serialize_der()).into()))
 }
 
-/// The source's side: how it does the handshake, and its proof.
-pub(super) fn source(pairing: &Pairing) -> Result<(ClientConfig, [u8; PROOF_LEN]), IdentityFailure> {
+/// What a source has: how it does the handshake, what decides on the destination's certificate, and its proof.
+type Source = (ClientConfig, Arc<dyn ServerCertVerifier>, [u8; PROOF_LEN]);
+
+/// The source's side.
+pub(super) fn source(pairing: &Pairing) -> Result<Source, IdentityFailure> {
     let provider = provider();
     let (certificate, key) = fresh()?;
     let proof = pairing.proof(&sha256(&certificate));
-    let verifier = Arc::new(PinnedServer::new(pairing.fingerprint, &provider));
+    let verifier: Arc<dyn ServerCertVerifier> = Arc::new(PinnedServer::new(pairing.fingerprint, &provider));
     let mut tls = client(&provider)?
         .dangerous()
-        .with_custom_certificate_verifier(verifier)
+        .with_custom_certificate_verifier(Arc::clone(&verifier))
         .with_client_auth_cert(vec![certificate], key)?;
     tls.enable_sni = false;
-    Ok((tls, proof))
+    Ok((tls, verifier, proof))
 }
 
 /// The destination's side: how it does the handshake, and whom it lets in.
@@ -188,7 +192,7 @@ mod tests {
         assert_eq!(receiver.judge(&[0; PROOF_LEN], b"first", HERE, now), Err(Refusal::WrongToken));
         assert_eq!(receiver.judge(&[], b"first", HERE, now), Err(Refusal::WrongToken));
         // Somebody else's proof.
-        assert_eq!(receiver.judge(&proof(&receiver, b"first"), b"second", HERE, now), Err(Refusal::WrongToken));
+        assert_eq!(receiver.judge(&proof(&receiver, b"first"), b"second", THERE, now), Err(Refusal::WrongToken));
         for _ in 0..3 {
             assert_eq!(receiver.judge(&proof(&receiver, b"first"), b"first", HERE, now), Ok(()));
         }

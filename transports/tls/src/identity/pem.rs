@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use rustls::client::WebPkiServerVerifier;
+use rustls::client::danger::ServerCertVerifier;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::CryptoProvider;
 use rustls::pki_types::pem::PemObject;
@@ -46,16 +47,17 @@ impl Folder {
         })
     }
 
-    pub(super) fn source(self) -> Result<ClientConfig, IdentityFailure> {
+    pub(super) fn source(self) -> Result<(ClientConfig, Arc<dyn ServerCertVerifier>), IdentityFailure> {
         let clients = self.client_verifier()?;
         let (leaf, intermediates) = self.leaf()?;
         self.check(clients.verify_client_cert(leaf, intermediates, UnixTime::now()).map(drop))?;
         let verifier = WebPkiServerVerifier::builder_with_provider(Arc::clone(&self.roots), Arc::clone(&self.provider))
             .build()
             .map_err(|error| IdentityFailure::Verifier { path: self.path.join(CA), error })?;
-        let builder = crypto::client(&self.provider)?.with_webpki_verifier(verifier);
+        let builder = crypto::client(&self.provider)?.with_webpki_verifier(Arc::clone(&verifier));
         let (path, chain, key) = (self.path, self.chain, self.key);
-        builder.with_client_auth_cert(chain, key).map_err(|error| key_failure(&path, error))
+        let tls = builder.with_client_auth_cert(chain, key).map_err(|error| key_failure(&path, error))?;
+        Ok((tls, verifier))
     }
 
     pub(super) fn destination(self) -> Result<ServerConfig, IdentityFailure> {
