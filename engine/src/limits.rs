@@ -47,7 +47,8 @@ pub const MAX_LANES: u16 = 128;
 /// Bytes of a greeting's frame, with room for a longer one of a later version.
 pub const MAX_GREETING: usize = 256;
 
-/// Lanes that may stand in the door at once, connected and not yet introduced. More are dropped.
+/// Lanes that may stand in the door at once, connected and not yet introduced. One more pushes out another, of the host with
+/// the most.
 pub const MAX_PENDING_LANES: usize = 256;
 
 /// Time a new lane has to introduce itself before it is dropped as a stranger.

@@ -30,8 +30,9 @@ pub enum PlaceError {
 /// Places batches; each lane has one of its own, all share the hash table.
 pub struct Placer {
     ground: Ground,
+    exposed: bool,
     records: Vec<Record>,
-    hashes: Vec<PageHash>,
+    hashes: Hashes,
     unpacker: Unpacker,
 }
 
@@ -54,7 +55,15 @@ impl Placer {
     pub fn new(memory: Arc<dyn GuestMemory>, hasher: PageHasher, table: Arc<HashTable>) -> Self {
         let reader = PageReader::new(Arc::clone(&memory));
         let ground = Ground { reader, writer: PageWriter::new(memory), hasher, table };
-        Self { ground, records: Vec::new(), hashes: Vec::new(), unpacker: Unpacker::default() }
+        let hashes = Hashes::default();
+        Self { ground, exposed: false, records: Vec::new(), hashes, unpacker: Unpacker::default() }
+    }
+
+    /// Whether the source may write pages into the memory by itself, and only name them in frames.
+    #[must_use]
+    pub fn exposed(mut self, exposed: bool) -> Self {
+        self.exposed = exposed;
+        self
     }
 
     /// Checks a frame of kind `Pages` and places its pages.
@@ -64,8 +73,11 @@ impl Placer {
     /// of the guest may hold anything, none counts as placed, and the migration must end.
     pub fn place(&mut self, frame: &FrameBuffer) -> Result<Tally, PlaceError> {
         let header = frame.header()?;
-        let Self { ground, records, hashes, unpacker } = self;
+        let Self { ground, exposed, records, hashes, unpacker } = self;
         let body = pages::decode(frame.body(), ground.writer.layout(), records)?;
+        if !*exposed && records.iter().any(|record| record.coding == Coding::Written) {
+            return Err(WireError::NotExposed.into());
+        }
         let payload = unpacker.unpack(&body)?;
         let mut contents = Contents::of(records, payload)?;
         hashes.clear();
@@ -74,8 +86,9 @@ impl Placer {
         }
         contents.end()?;
         ground.writer.finish();
-        header.verify(checksum(&header, body.head, hashes))?;
-        let mut tally = Tally { wire_bytes: frame.bytes().len() as u64, ..Tally::default() };
+        header.verify(checksum(&header, body.head, &hashes.checked))?;
+        let written = (hashes.landed.len() * PAGE_SIZE) as u64;
+        let mut tally = Tally { wire_bytes: frame.bytes().len() as u64 + written, ..Tally::default() };
         ground.count_in(records, hashes, &mut tally)?;
         Ok(tally)
     }
@@ -83,20 +96,19 @@ impl Placer {
 
 impl Ground {
     /// Writes the pages of a record, except zero pages, and adds their hashes.
-    fn place_run(
-        &self,
-        record: Record,
-        contents: &mut Contents<'_>,
-        hashes: &mut Vec<PageHash>,
-    ) -> Result<(), PlaceError> {
+    fn place_run(&self, record: Record, contents: &mut Contents<'_>, hashes: &mut Hashes) -> Result<(), PlaceError> {
         let run = self.writer.run(record.run)?;
         for (index, page) in (0..).zip(record.run.pages()) {
             match record.coding {
                 Coding::Zero => return Ok(()),
                 Coding::Literal => {
                     let bytes = contents.literal()?;
-                    hashes.push(self.hasher.hash(bytes));
+                    hashes.checked.push(self.hasher.hash(bytes));
                     run.write(index, bytes)?;
+                    continue;
+                }
+                Coding::Written => {
+                    hashes.landed.push(self.hash(&self.read(page)?));
                     continue;
                 }
                 _ => {}
@@ -106,7 +118,7 @@ impl Ground {
                 Coding::Pattern => contents.pattern()?,
                 _ => contents.apply_delta(page, self.read(page)?)?,
             };
-            hashes.push(self.hash(&bytes));
+            hashes.checked.push(self.hash(&bytes));
             run.write(index, &bytes)?;
         }
         Ok(())
@@ -129,14 +141,15 @@ impl Ground {
     }
 
     /// Enters the pages of a sound frame in the table, and writes its zero pages.
-    fn count_in(&self, records: &[Record], hashes: &[PageHash], tally: &mut Tally) -> Result<(), MemoryError> {
-        let mut hashes = hashes.iter();
+    fn count_in(&self, records: &[Record], hashes: &Hashes, tally: &mut Tally) -> Result<(), MemoryError> {
+        let (mut checked, mut landed) = (hashes.checked.iter(), hashes.landed.iter());
         for record in records {
             if record.coding == Coding::Zero {
                 self.place_zeros(record.run, tally)?;
                 continue;
             }
-            for (page, hash) in record.run.pages().zip(&mut hashes) {
+            let hashes = if record.coding == Coding::Written { &mut landed } else { &mut checked };
+            for (page, hash) in record.run.pages().zip(hashes) {
                 self.note(page, *hash, tally);
             }
         }
@@ -162,6 +175,22 @@ impl Ground {
         tally.pages += 1;
         tally.digest.replace(page, old, new);
         old
+    }
+}
+
+/// What the pages of a frame became.
+#[derive(Default)]
+struct Hashes {
+    /// Of pages that the frame's checksum covers.
+    checked: Vec<PageHash>,
+    /// Of pages that the source has written: the guest may have changed them meanwhile.
+    landed: Vec<PageHash>,
+}
+
+impl Hashes {
+    fn clear(&mut self) {
+        self.checked.clear();
+        self.landed.clear();
     }
 }
 

@@ -1,7 +1,7 @@
 //! The door of the destination: accepts lanes, hears who they are, and drops strangers and slow
 //! starters, while a migration goes on undisturbed behind it.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -32,8 +32,17 @@ pub(super) struct Guest {
     pub(super) peer: String,
 }
 
-/// Callers that the driver has not heard of yet; those that have greeted have no deadline any more.
-type Pending = Arc<Mutex<HashMap<u64, (Arc<dyn LaneCloser>, Option<Instant>)>>>;
+/// Callers that the driver has not heard of yet, in the order in which they came.
+type Pending = Arc<Mutex<BTreeMap<u64, Caller>>>;
+
+/// Somebody in the door.
+struct Caller {
+    closer: Arc<dyn LaneCloser>,
+    /// The peer's host, without its port.
+    host: String,
+    /// By when it has to greet; `None` when it has.
+    deadline: Option<Instant>,
+}
 
 /// Accepts lanes until `closed` is set.
 pub(super) fn keep(acceptor: &dyn Acceptor, lent: &Lent, events: &Sender<DestinationEvent>, closed: &AtomicBool) {
@@ -58,24 +67,25 @@ pub(super) fn keep(acceptor: &dyn Acceptor, lent: &Lent, events: &Sender<Destina
         }
         close_overdue(&pending);
     }
-    for (closer, _) in lock(&pending).values() {
-        closer.close();
+    for caller in lock(&pending).values() {
+        caller.closer.close();
     }
 }
 
 fn admit(lane: Box<dyn Lane>, key: u64, pending: &Pending, lent: &Lent, events: &Sender<DestinationEvent>) {
-    if lock(pending).len() >= MAX_PENDING_LANES {
+    if !make_room(&mut lock(pending)) {
         return;
     }
     let peer = lane.peer();
     let Ok(halves) = lane.split() else { return };
-    lock(pending).insert(key, (Arc::clone(&halves.closer), Some(Instant::now() + GREETING_TIMEOUT)));
+    let (closer, host) = (Arc::clone(&halves.closer), host_of(&peer).to_owned());
+    lock(pending).insert(key, Caller { closer, host, deadline: Some(Instant::now() + GREETING_TIMEOUT) });
     let (waiting, events) = (Arc::clone(pending), events.clone());
     let hear = move || {
         let mut halves = halves;
         let greeting = hear_greeting(&mut halves);
         // Whoever is no longer in the list was closed for being late.
-        let in_time = lock(&waiting).get_mut(&key).map(|(_, deadline)| *deadline = None).is_some();
+        let in_time = lock(&waiting).get_mut(&key).map(|caller| caller.deadline = None).is_some();
         match greeting {
             Some(greeting) if in_time => {
                 let guest = Box::new(Guest { greeting, halves, peer });
@@ -103,15 +113,94 @@ fn hear_greeting(halves: &mut LaneHalves) -> Option<Greeting> {
 
 fn close_overdue(pending: &Pending) {
     let now = Instant::now();
-    lock(pending).retain(|_, (closer, deadline)| {
-        let in_time = deadline.is_none_or(|deadline| now < deadline);
+    lock(pending).retain(|_, caller| {
+        let in_time = caller.deadline.is_none_or(|deadline| now < deadline);
         if !in_time {
-            closer.close();
+            caller.closer.close();
         }
         in_time
     });
 }
 
+/// Whether there is room for one more in the door. Where it is full, whoever has stood there longest without a word has to
+/// go, of the host with the most callers: a host that fills the door pushes out its own.
+fn make_room(pending: &mut BTreeMap<u64, Caller>) -> bool {
+    if pending.len() < MAX_PENDING_LANES {
+        return true;
+    }
+    let mut silent: HashMap<&str, (usize, u64)> = HashMap::new();
+    for (&key, caller) in pending.iter().filter(|(_, caller)| caller.deadline.is_some()) {
+        silent.entry(&caller.host).or_insert((0, key)).0 += 1;
+    }
+    let most = silent.into_values().max_by_key(|&(count, first)| (count, std::cmp::Reverse(first)));
+    let Some(caller) = most.and_then(|(_, first)| pending.remove(&first)) else { return false };
+    caller.closer.close();
+    true
+}
+
+/// A peer's name without the port, where it has one.
+fn host_of(peer: &str) -> &str {
+    peer.rsplit_once(':').map_or(peer, |(host, _)| host)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::atomic::AtomicUsize;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Closed(AtomicUsize);
+
+    impl LaneCloser for Closed {
+        fn close(&self) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    fn caller(closed: &Arc<Closed>, host: &str, silent: bool) -> Caller {
+        let (closer, host) = (Arc::clone(closed), host.to_owned());
+        Caller { closer, host, deadline: silent.then(Instant::now) }
+    }
+
+    #[test]
+    fn whoever_fills_the_door_pushes_out_its_own_callers() {
+        let (ours, theirs) = (Arc::new(Closed::default()), Arc::new(Closed::default()));
+        let mut pending = BTreeMap::new();
+        for key in 0..3000 {
+            assert!(make_room(&mut pending));
+            let one_of_ours = key % 500 == 10;
+            let (closed, host) = if one_of_ours { (&ours, "192.0.2.1") } else { (&theirs, "198.51.100.9") };
+            pending.insert(key, caller(closed, host, true));
+        }
+        assert_eq!(pending.len(), MAX_PENDING_LANES);
+        assert_eq!((ours.0.load(Ordering::SeqCst), theirs.0.load(Ordering::SeqCst)), (0, 3000 - MAX_PENDING_LANES));
+        // The oldest go first.
+        assert!(pending.values().next_back().is_some_and(|last| last.host == "198.51.100.9"));
+        assert!(pending.range(2500..).count() == MAX_PENDING_LANES - 5);
+    }
+
+    #[test]
+    fn whoever_has_greeted_is_not_pushed_out() {
+        let closed = Arc::new(Closed::default());
+        let mut pending: BTreeMap<_, _> =
+            (0..MAX_PENDING_LANES as u64).map(|key| (key, caller(&closed, "h", key == 77))).collect();
+        assert!(make_room(&mut pending) && !pending.contains_key(&77));
+        pending.insert(1000, caller(&closed, "h", false));
+        assert!(!make_room(&mut pending));
+        assert_eq!(closed.0.load(Ordering::SeqCst), 1);
+    }
+
+    #[test]
+    fn a_host_is_a_peer_without_its_port() {
+        for (peer, host) in
+            [("192.0.2.1:7000", "192.0.2.1"), ("[2001:db8::1]:7", "[2001:db8::1]"), ("/run/s", "/run/s")]
+        {
+            assert_eq!(host_of(peer), host);
+        }
+    }
 }

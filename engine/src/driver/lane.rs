@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::Counters;
 use crate::error::Error;
-use crate::transport::{LaneReceiver, LaneRole, LaneSender};
+use crate::transport::{DirectRun, LaneReceiver, LaneRole, LaneSender};
 use crate::wire::{FrameBuffer, Message, WireError, wire_error_of};
 
 /// Which lane, for errors.
@@ -41,6 +41,14 @@ impl NumberedSender {
     pub(super) fn send_message(&mut self, message: &Message) -> Result<(), Error> {
         let frame = message.encode(self.sequence);
         self.send_parts(&mut [IoSlice::new(&frame)], frame.len() as u64)
+    }
+
+    /// Writes the pages of the frame that is sent next.
+    pub(super) fn write_pages(&mut self, runs: &[DirectRun]) -> Result<(), Error> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        self.sender.write_pages(runs).map_err(|source| self.name.broken(source))
     }
 
     /// Sends a frame that was sealed with [`sequence`](Self::sequence).

@@ -21,6 +21,8 @@ use crate::wire::{FrameBuffer, Kind, Message};
 #[derive(Clone)]
 pub(super) struct Room {
     pub(super) memory: Arc<dyn GuestMemory>,
+    /// The source may write into it.
+    pub(super) exposed: bool,
     pub(super) hasher: PageHasher,
     pub(super) table: Arc<HashTable>,
     pub(super) gate: Arc<Gate>,
@@ -170,15 +172,18 @@ impl Receiver {
 
     fn place(&mut self, frame: &FrameBuffer, step: u32) -> Result<bool, Error> {
         let room = self.room()?;
-        let placer = self
-            .placer
-            .get_or_insert_with(|| Placer::new(Arc::clone(&room.memory), room.hasher.clone(), Arc::clone(&room.table)));
+        let placer = self.placer.get_or_insert_with(|| {
+            let placer = Placer::new(Arc::clone(&room.memory), room.hasher.clone(), Arc::clone(&room.table));
+            placer.exposed(room.exposed)
+        });
         let Some(_inside) = self.duty.enter(&room, step)? else { return self.not_wanted() };
         let tally = placer.place(frame).map_err(|error| match error {
             PlaceError::Wire(source) => self.duty.lane.name.invalid(source),
             PlaceError::Memory(error) => error.into(),
         })?;
         self.tally.add(&tally);
+        // What was written came past the frames, which are counted where they come.
+        Counters::add(&self.duty.counters.wire_bytes, tally.wire_bytes - frame.bytes().len() as u64);
         Counters::add(&self.duty.counters.progress, tally.wire_bytes);
         Counters::add(&self.duty.counters.pages, tally.pages);
         Counters::add(&self.duty.counters.zero_pages, tally.zero_pages);

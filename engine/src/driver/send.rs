@@ -150,6 +150,7 @@ impl PageSender {
         let began = Instant::now();
         let tally = *batch.tally();
         self.duty.pacer.take(tally.wire_bytes);
+        lane.write_pages(batch.written())?;
         lane.send_parts(&mut batch.seal(lane.sequence), tally.wire_bytes)?;
         Counters::add(&lane.counters.pages, tally.pages);
         let ended = Instant::now();

@@ -5,12 +5,17 @@
 //! Every reference names content that the destination holds for certain when it applies it (R6). A delta's
 //! base is the page as last sent, in an earlier step. A duplicate is put off to the round's second step:
 //! by then every lane has delivered the first, and what the page is copied from is looked up again.
+//!
+//! A page that is *written* is read twice: here, for its hash, and by the transport, later. What the destination holds of it is
+//! certain only if the guest did not write it in between, and then it is dirty: it is sent once more. Until then no reference
+//! is made to it ([`Shared::unsure`]).
 
 mod bases;
 mod choice;
 mod duplicates;
 mod output;
 mod pack;
+mod unsure;
 
 pub use bases::Bases;
 pub use choice::{Choice, LevelChooser, Trial};
@@ -18,6 +23,7 @@ pub use duplicates::DuplicateIndex;
 pub(crate) use output::checksum;
 pub use output::{EncodedBatch, Tally};
 pub use pack::{Level, MAX_LEVEL, MIN_LEVEL};
+pub use unsure::PageSet;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -43,6 +49,8 @@ pub struct Shared {
     pub duplicates: Option<DuplicateIndex>,
     /// Pages as last sent; empty when no deltas are made.
     pub bases: Bases,
+    /// Pages that were last written straight from guest memory: what the destination holds of them is not certain.
+    pub unsure: PageSet,
 }
 
 impl Shared {
@@ -50,12 +58,14 @@ impl Shared {
     pub fn new(table: Arc<HashTable>, pages: u64, config: &crate::config::EncodeConfig) -> Self {
         let duplicates = config.duplicates.then(|| DuplicateIndex::new(pages));
         let bases = Bases::new(config.delta_cache.min(table.page_space() * PAGE_SIZE as u64));
-        Self { table, duplicates, bases }
+        let unsure = PageSet::new(table.page_space());
+        Self { table, duplicates, bases, unsure }
     }
 
     /// Nothing sent yet, and no references to what was: pages are zero, unchanged, patterns or literals.
     pub fn plain(table: Arc<HashTable>) -> Self {
-        Self { table, duplicates: None, bases: Bases::new(0) }
+        let unsure = PageSet::new(table.page_space());
+        Self { table, duplicates: None, bases: Bases::new(0), unsure }
     }
 }
 
@@ -113,6 +123,7 @@ impl Encoder {
         if !self.pages.append(&self.tail) {
             return Err(MemoryError::Unsupported("a batch over the limit"));
         }
+        self.locate_written(out)?;
         let scanned = self.timed.then(Instant::now);
         self.pack(choice, out)?;
         if let (Some(began), Some(scanned)) = (began, scanned) {
@@ -136,7 +147,8 @@ impl Encoder {
         let duplicates = shared.duplicates.as_ref().filter(|_| choice.seeks);
         let admits = choice.admits || batch.round > 0;
         let round = batch.round;
-        let mut worker = Worker { shared, round, duplicates, tail, near: None, admits, timed: *timed };
+        let direct = choice.direct;
+        let mut worker = Worker { shared, round, duplicates, tail, near: None, admits, direct, timed: *timed };
         for run in &batch.runs {
             // A run ends where its region does; the page numbers may go on all the same.
             out.record_open = false;
@@ -174,7 +186,7 @@ impl Encoder {
             reader.read_run(*run, |page, read| {
                 let hash = table.load(page);
                 // What is copied itself holds its content only once the step is over.
-                let holds = |from: PageNumber| from != page && table.load(from) == hash && !deferred(from);
+                let holds = |from: PageNumber| from != page && shared.holds(from, hash) && !deferred(from);
                 let next = expected.take().filter(|&from| holds(from));
                 let find = |index: &DuplicateIndex| index.find(hash, holds);
                 if let Some(from) = next.or_else(|| shared.duplicates.as_ref().and_then(find)) {
@@ -209,6 +221,14 @@ impl Encoder {
 
     // ---- together ----
 
+    /// Says where the pages to be written are.
+    fn locate_written(&self, out: &mut EncodedBatch) -> Result<(), MemoryError> {
+        for record in out.records.iter().filter(|record| record.coding == Coding::Written) {
+            out.written.push(self.reader.locate(record.run)?);
+        }
+        Ok(())
+    }
+
     /// Moves the payload to `out`, packed if that makes it smaller.
     fn pack(&mut self, choice: Choice, out: &mut EncodedBatch) -> Result<(), MemoryError> {
         let raw = self.pages.len();
@@ -236,6 +256,13 @@ impl Encoder {
     }
 }
 
+impl Shared {
+    /// Whether the destination is certain to hold this content in that page.
+    fn holds(&self, page: PageNumber, hash: PageHash) -> bool {
+        self.table.load(page) == hash && !self.unsure.contains(page)
+    }
+}
+
 #[derive(PartialEq, Eq)]
 enum Kept {
     /// The page stays in the payload.
@@ -253,20 +280,23 @@ struct Worker<'a> {
     near: Option<Near<'a>>,
     /// Whether pages may enter the cache of bases.
     admits: bool,
+    /// Whether pages are written straight from guest memory.
+    direct: bool,
     timed: bool,
 }
 
 impl Worker<'_> {
     fn encode_zero(&mut self, page: PageNumber, out: &mut EncodedBatch) {
         self.settle(page, false);
-        let Shared { table, .. } = self.shared;
+        let Shared { table, unsure, .. } = self.shared;
         // In the first round the record says that the page was looked at.
-        if self.round > 0 && table.load(page) == PageHash::ZERO {
+        if self.round > 0 && self.shared.holds(page, PageHash::ZERO) {
             out.tally.stages.unchanged_pages += 1;
             return;
         }
         out.tally.stages.zero_pages += 1;
         out.tally.zero_pages += 1;
+        unsure.remove(page);
         out.note(page, Coding::Zero, PageHash::ZERO, table.swap(page, PageHash::ZERO));
     }
 
@@ -278,10 +308,12 @@ impl Worker<'_> {
         bytes: &[u8; PAGE_SIZE],
         out: &mut EncodedBatch,
     ) -> Kept {
-        let Shared { table, .. } = self.shared;
+        let Shared { table, unsure, .. } = self.shared;
         let before = table.load(page);
+        // Whatever is done with the page but writing it, the destination's content is certain afterwards.
+        let known = !unsure.remove(page);
         let stages = &mut out.tally.stages;
-        if hash == before {
+        if known && hash == before {
             self.settle(page, true);
             stages.unchanged_pages += 1;
             return Kept::Elsewhere;
@@ -293,12 +325,12 @@ impl Worker<'_> {
             out.note(page, Coding::Pattern, hash, table.swap(page, hash));
             return Kept::Elsewhere;
         }
-        if self.encode_delta(page, before, hash, bytes, out) {
+        if known && self.encode_delta(page, before, hash, bytes, out) {
             out.note(page, Coding::Delta, hash, table.swap(page, hash));
             self.index(hash, page);
             return Kept::Elsewhere;
         }
-        let holds = |other: PageNumber| other != page && table.load(other) == hash;
+        let holds = |other: PageNumber| other != page && self.shared.holds(other, hash);
         if self.duplicates.is_some_and(|index| index.find(hash, holds).is_some()) {
             out.tally.digest.replace(page, table.swap(page, hash), hash);
             out.defer(page);
@@ -306,6 +338,11 @@ impl Worker<'_> {
             return Kept::Elsewhere;
         }
         out.tally.stages.literal_pages += 1;
+        if self.direct {
+            unsure.insert(page);
+            out.note(page, Coding::Written, hash, table.swap(page, hash));
+            return Kept::Elsewhere;
+        }
         out.note(page, Coding::Literal, hash, table.swap(page, hash));
         self.index(hash, page);
         self.remember(page, hash, bytes, self.admits);

@@ -5,6 +5,7 @@ use std::io::IoSlice;
 use crate::digest::{Digest, PageHash};
 use crate::limits::{MAX_BATCH_PAGES, MAX_PAYLOAD};
 use crate::stats::Stages;
+use crate::transport::DirectRun;
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
 use crate::wire::pages::{Coding, Packing, Record, encode_head};
 use crate::wire::{HEADER_LEN, Header, Kind};
@@ -102,6 +103,7 @@ pub struct EncodedBatch {
     pub(super) hashes: Vec<PageHash>,
     pub(super) tally: Tally,
     pub(super) deferred: Vec<PageRun>,
+    pub(super) written: Vec<DirectRun>,
     /// The next page may join the last record.
     pub(super) record_open: bool,
 }
@@ -122,10 +124,21 @@ impl EncodedBatch {
         &self.deferred
     }
 
-    /// Bytes of payload before and after packing.
+    /// Pages that the lane has to write before it sends the frame.
+    pub fn written(&self) -> &[DirectRun] {
+        &self.written
+    }
+
+    /// Bytes of payload before and after packing, pages that are written included.
     pub fn payload_bytes(&self) -> (usize, usize) {
         let packed = if self.packing == Packing::Zstd { self.packed.len() } else { self.payload.len() };
-        (self.payload.len(), packed)
+        let written = self.written_bytes() as usize;
+        (self.payload.len() + written, packed + written)
+    }
+
+    /// Bytes of page content that are no part of the frame.
+    pub fn written_bytes(&self) -> u64 {
+        self.written.iter().map(|run| run.len).sum()
     }
 
     /// Gives the frame its place on a lane: fills in number and checksum, and returns its parts.
@@ -160,6 +173,7 @@ impl EncodedBatch {
         self.packing = Packing::Raw;
         self.hashes.clear();
         self.deferred.clear();
+        self.written.clear();
         self.tally = Tally::default();
         self.record_open = false;
         debug_assert!(self.records.capacity() <= 2 * MAX_BATCH_PAGES);
@@ -168,7 +182,7 @@ impl EncodedBatch {
     /// Notes a page that travels, and its hash before.
     pub(super) fn note(&mut self, page: PageNumber, coding: Coding, hash: PageHash, before: PageHash) {
         self.tally.digest.replace(page, before, hash);
-        if coding != Coding::Zero {
+        if !matches!(coding, Coding::Zero | Coding::Written) {
             self.hashes.push(hash);
         }
         match self.records.last_mut() {
@@ -192,7 +206,8 @@ impl EncodedBatch {
 }
 
 /// The checksum of a `Pages` frame covers pages by the hashes of what they become, which both sides need
-/// anyway: so it also proves that a delta met the right base, and a copy the right content.
+/// anyway: so it also proves that a delta met the right base, and a copy the right content. Pages that are written are left
+/// out: what has landed may be newer than what the source has hashed.
 pub(crate) fn checksum(header: &Header, head: &[u8], hashes: &[PageHash]) -> u64 {
     header.checksum_with(head, |hasher| {
         for hash in hashes {
@@ -210,7 +225,7 @@ mod tests {
     fn a_batch_takes_no_more_memory_than_is_said() {
         let payload = MAX_PAYLOAD + PAGE_SIZE;
         let packed = zstd::zstd_safe::compress_bound(MAX_PAYLOAD);
-        let page = size_of::<Record>() + size_of::<PageHash>() + size_of::<PageRun>();
+        let page = size_of::<Record>() + size_of::<PageHash>() + size_of::<PageRun>() + size_of::<DirectRun>();
         // Lists grow by doubling.
         let lists = 2 * MAX_BATCH_PAGES * page;
         assert!((payload + packed + lists) as u64 <= BATCH_MEMORY);

@@ -4,6 +4,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use super::{GuestMemory, Layout, MemoryError, RegionId, copy_from_guest_unless_zero, is_zero, page_offset};
+use crate::transport::DirectRun;
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
 
 /// Fills a buffer with a page, each byte read once; says whether all were zeros (the buffer is then
@@ -26,6 +27,13 @@ impl PageReader {
     pub(crate) fn region_around(&self, page: PageNumber) -> Range<u64> {
         let region = self.layout.locate(page).map(|(region, _)| self.layout.pages_of(region));
         region.map_or(0..0, |pages| pages.first.0..pages.end())
+    }
+
+    /// Where a run of pages lies in its region.
+    pub(crate) fn locate(&self, run: PageRun) -> Result<DirectRun, MemoryError> {
+        let outside = MemoryError::OutOfBounds { region: RegionId(u32::MAX), offset: run.first.0, len: run.count };
+        let (region, first) = self.layout.locate_run(run).ok_or(outside)?;
+        Ok(DirectRun { region, offset: page_offset(first), len: page_offset(run.count) })
     }
 
     /// Calls `visit` with a reader for every page of a run.

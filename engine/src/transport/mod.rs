@@ -16,6 +16,7 @@ use std::io::{self, IoSlice};
 use std::sync::Arc;
 use std::time::Duration;
 
+use crate::memory::{GuestMemory, RegionId};
 use crate::wire::FrameBuffer;
 
 /// What a lane is for.
@@ -75,11 +76,14 @@ pub struct Capabilities {
     pub encrypted: bool,
     /// Most lanes (control lane included) that one migration may open.
     pub max_lanes: u16,
+    /// Lanes can write pages straight from the source's memory into the destination's
+    /// ([`LaneSender::write_pages`]).
+    pub one_sided: bool,
 }
 
 impl Default for Capabilities {
     fn default() -> Self {
-        Self { encrypted: false, max_lanes: u16::MAX }
+        Self { encrypted: false, max_lanes: u16::MAX, one_sided: false }
     }
 }
 
@@ -87,6 +91,14 @@ impl Default for Capabilities {
 pub trait Dialer: Send + Sync {
     /// Opens a lane within `timeout`.
     fn dial(&self, role: LaneRole, timeout: Duration) -> Result<Box<dyn Lane>, TransportError>;
+
+    /// Hears which memory pages may be written from ([`LaneSender::write_pages`]), before data lanes are dialled. Only a
+    /// transport that is [one-sided](Capabilities::one_sided) is told. `false` if it cannot do so after all:
+    /// then pages travel in frames.
+    fn attach(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
+        let _ = memory;
+        Ok(false)
+    }
 
     /// What this transport can do.
     fn capabilities(&self) -> Capabilities {
@@ -99,6 +111,17 @@ pub trait Dialer: Send + Sync {
 pub trait Acceptor: Send + Sync {
     /// The next lane; `None` when none came within `timeout`.
     fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError>;
+
+    /// Lets the source write into this memory, within the bounds of its regions that travel. Called once a
+    /// guest was accepted, if the transport is [one-sided](Capabilities::one_sided); `false` if it cannot.
+    fn expose(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
+        let _ = memory;
+        Ok(false)
+    }
+
+    /// Nobody may write into exposed memory any more: when this returns nobody can, and what was written before is there. Called
+    /// before the guest may run here, and when it is given up.
+    fn conceal(&self) {}
 
     /// What this transport can do.
     fn capabilities(&self) -> Capabilities {
@@ -136,6 +159,25 @@ pub trait LaneSender: Send {
     /// Sends one frame, given in parts that are to be joined; returns when the transport has taken
     /// all of it. Blocks while the peer does not read.
     fn send(&mut self, frame: &mut [IoSlice<'_>]) -> io::Result<()>;
+
+    /// Writes pages from the [attached](Dialer::attach) memory to the same place in the [exposed](Acceptor::expose) one.
+    /// They are there before the next frame of this lane is received; what is read is what the pages hold at
+    /// any moment until then. Asked only where [`Dialer::attach`] has said that it can be done.
+    fn write_pages(&mut self, runs: &[DirectRun]) -> io::Result<()> {
+        let _ = runs;
+        Err(io::ErrorKind::Unsupported.into())
+    }
+}
+
+/// A run of pages in one region, in bytes; whole pages.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct DirectRun {
+    /// The region.
+    pub region: RegionId,
+    /// Where in the region.
+    pub offset: u64,
+    /// How much.
+    pub len: u64,
 }
 
 /// Receives frames.

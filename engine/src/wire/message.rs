@@ -274,7 +274,7 @@ impl Message {
                 1 => Owner::Destination,
                 value => return Err(WireError::Value { what: "owner", value: value.into() }),
             }),
-            Kind::Pages => return Err(WireError::Kind(Kind::Pages as u8)),
+            kind @ (Kind::Pages | Kind::Transport) => return Err(WireError::Kind(kind as u8)),
         })
     }
 }

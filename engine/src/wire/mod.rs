@@ -11,10 +11,10 @@ pub use frame::{FrameBuffer, HEADER_LEN, Header, Kind};
 pub use message::{Finish, Greeting, GreetingRole, Message, Offer, Owner, Prepared, Refusal, SessionId};
 
 /// The lowest protocol version this build speaks.
-pub const PROTOCOL_MIN: u16 = 3;
+pub const PROTOCOL_MIN: u16 = 4;
 
 /// The highest protocol version this build speaks.
-pub const PROTOCOL_MAX: u16 = 3;
+pub const PROTOCOL_MAX: u16 = 4;
 
 /// Bytes that are no valid frame or message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
@@ -76,6 +76,9 @@ pub enum WireError {
         /// The number in the header.
         found: u64,
     },
+    /// Pages that are said to be written where nobody may write.
+    #[error("it names pages as written straight into memory, which this transport cannot do")]
+    NotExposed,
     /// A payload that cannot be unpacked.
     #[error("the batch's payload cannot be unpacked: {0}")]
     Payload(String),

@@ -35,6 +35,8 @@ pub enum Coding {
         /// The page that the run's first page equals; the second equals the one after it, and so on.
         from: PageNumber,
     },
+    /// Written straight into the destination's memory, ahead of this frame on the same lane; nothing follows.
+    Written,
 }
 
 impl Coding {
@@ -45,6 +47,7 @@ impl Coding {
             Self::Delta => 2,
             Self::Pattern => 3,
             Self::Copy { .. } => 4,
+            Self::Written => 5,
         }
     }
 
@@ -59,7 +62,7 @@ impl Coding {
     /// Fewest and most bytes of payload per page.
     fn payload(self) -> (usize, usize) {
         match self {
-            Self::Zero | Self::Copy { .. } => (0, 0),
+            Self::Zero | Self::Copy { .. } | Self::Written => (0, 0),
             Self::Literal => (PAGE_SIZE, PAGE_SIZE),
             Self::Delta => (8, MAX_DELTA),
             Self::Pattern => (8, 8),
@@ -177,6 +180,7 @@ fn decode_record(reader: &mut Reader<'_>, at: u64) -> Result<Record, WireError> 
         2 => Coding::Delta,
         3 => Coding::Pattern,
         4 => Coding::Copy { from: PageNumber(reader.varint("record")?) },
+        5 => Coding::Written,
         value => return Err(WireError::Value { what: "page coding", value }),
     };
     Ok(Record { run: PageRun { first: PageNumber(first), count }, coding })

@@ -22,7 +22,7 @@ pub fn layout(pages: u64) -> Layout {
 /// Everything the writer thread shares with the guest.
 pub struct Shared {
     pub memory: Arc<MappedMemory>,
-    log: WriteLog,
+    pub log: WriteLog,
     running: Mutex<bool>,
     ended: AtomicBool,
     pub writes: AtomicU64,

@@ -44,9 +44,9 @@ fn join_room(arrived: Arrived) -> (Room, Result<(), Failed>) {
 /// Moves a guest and compares both memories.
 fn moves(joined: &Joined, guest: &mut Guest, config: SourceConfig) {
     let arrived = receive(&joined.acceptor);
-    let report = Source::new(config).run(guest, Arc::clone(&joined.dialer), &Control::new()).expect("it moves");
-    let (room, result) = join_room(arrived);
-    result.expect("it arrives");
+    let moved = Source::new(config).run(guest, Arc::clone(&joined.dialer), &Control::new());
+    let (room, arrival) = join_room(arrived);
+    let (Ok(report), Ok(())) = (&moved, &arrival) else { panic!("it does not move: {moved:?}, {arrival:?}") };
     assert!(room.runs && !guest.runs(), "one side runs it");
     assert!(room.content() == guest.content(), "every byte is the same");
     assert_eq!(room.writes, guest.writes());
@@ -92,6 +92,19 @@ pub fn a_cancelled_guest_stays_and_can_move_again(join: fn() -> Joined) {
     let (room, result) = join_room(arrived);
     assert!(result.is_err() && !room.runs && guest.runs());
     moves(&joined, &mut guest, config(2));
+}
+
+/// For a transport that is about to lose its link for good: the guest never stands still for longer than that takes to notice.
+pub fn a_guest_stays_when_the_link_dies(join: fn() -> Joined) {
+    let joined = join();
+    let mut guest = Guest::new(PAGES, Some(Duration::from_micros(200)));
+    let arrived = receive(&joined.acceptor);
+    let mut slow = config(2);
+    (slow.bandwidth, slow.encode.compress) = (Some(2 << 20), Compress::Off);
+    let result = Source::new(slow).run(&mut guest, Arc::clone(&joined.dialer), &Control::new());
+    assert!(matches!(result, Err(Failed::SourceStillOwns { .. })), "{result:?}");
+    let (room, arrival) = join_room(arrived);
+    assert!(arrival.is_err() && !room.runs && guest.runs());
 }
 
 /// Whatever the moment, and whichever lane: exactly one side has the guest, or both know that they do not know and keep it paused.

@@ -16,6 +16,6 @@ mod options;
 mod sys;
 
 pub use accept::{BindFailure, TcpAcceptor, accept_within};
-pub use dial::{DialFailure, TcpDialer};
-pub use lane::{LaneFailure, lane_from_fd, lane_over};
+pub use dial::{DialFailure, TcpDialer, resolve};
+pub use lane::{Connection, LaneFailure, explain, lane_from_fd, lane_over};
 pub use options::TcpOptions;

@@ -176,7 +176,7 @@ impl Encoders {
             Compress::Auto => any(&mut self.random),
         };
         let trial = self.random.chance(5).then(|| any(&mut self.random));
-        Choice { level, admits: self.random.chance(70), seeks: self.random.chance(90), trial }
+        Choice { level, admits: self.random.chance(70), seeks: self.random.chance(90), direct: false, trial }
     }
 }
 

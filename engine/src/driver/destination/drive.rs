@@ -15,11 +15,12 @@ use crate::digest::{HashTable, PageHasher};
 use crate::error::{Error, Failed, Unsettled};
 use crate::host::{Control, Joiner, ThreadRole};
 use crate::limits::{EVENT_QUEUE, FAREWELL, HEARTBEAT};
+use crate::memory::GuestMemory;
 
 use crate::memory::{Region, Transfer};
 use crate::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome, Phase};
 use crate::stats::Report;
-use crate::transport::{Acceptor, LaneCloser};
+use crate::transport::{Acceptor, LaneCloser, TransportError};
 use crate::vm::DestinationVm;
 use crate::wire::{Message, Offer};
 
@@ -36,6 +37,7 @@ pub(super) struct Driver<'a> {
     /// Counts control lanes, so that late words of an older one are not taken for the present one's.
     pub(super) generation: u64,
     pub(super) room: Arc<OnceLock<Room>>,
+    pub(super) acceptor: Arc<dyn Acceptor>,
     pub(super) closers: Vec<Arc<dyn LaneCloser>>,
     pub(super) threads: Vec<Box<dyn Joiner>>,
     pub(super) frames_heard: u64,
@@ -52,6 +54,7 @@ impl<'a> Driver<'a> {
         destination: &Destination,
         vm: &'a mut dyn DestinationVm,
         control: &'a Control,
+        acceptor: Arc<dyn Acceptor>,
         session: DestinationSession,
     ) -> Self {
         Self {
@@ -66,6 +69,7 @@ impl<'a> Driver<'a> {
             messages: None,
             generation: 0,
             room: Arc::default(),
+            acceptor,
             closers: Vec::new(),
             threads: Vec::new(),
             frames_heard: 0,
@@ -77,8 +81,9 @@ impl<'a> Driver<'a> {
         }
     }
 
-    pub(super) fn drive(mut self, acceptor: Arc<dyn Acceptor>) -> Result<Report, Failed> {
+    pub(super) fn drive(mut self) -> Result<Report, Failed> {
         let (lent, events, closed) = (self.lent.clone(), self.events.0.clone(), Arc::clone(&self.over));
+        let acceptor = Arc::clone(&self.acceptor);
         let door = move || door::keep(&*acceptor, &lent, &events, &closed);
         if let Err(error) = self.spawn(ThreadRole::Door, door) {
             return Err(self.fail_to_begin(error));
@@ -194,11 +199,7 @@ impl<'a> Driver<'a> {
                 }
             }
             DestinationAction::MakeRoom(offer) => self.make_room(&offer),
-            DestinationAction::StopPlacing => {
-                if let Some(room) = self.room.get() {
-                    room.gate.close();
-                }
-            }
+            DestinationAction::StopPlacing => self.stop_placing(),
             DestinationAction::Verify => self.verify(),
             DestinationAction::Load(state) => self.load(&state),
             DestinationAction::Start { run } => {
@@ -223,8 +224,13 @@ impl<'a> Driver<'a> {
         }
         match self.vm.prepare(&offer.config, &offer.layout) {
             Ok(memory) if memory.layout().is_same_memory(&offer.layout) => {
+                let exposed = match self.expose(&memory) {
+                    Ok(exposed) => exposed,
+                    Err(error) => return self.tell(DestinationInput::RoomRefused(error.to_string())),
+                };
                 let _ = self.room.set(Room {
                     memory,
+                    exposed,
                     hasher: PageHasher::new(&offer.digest_key),
                     table: Arc::new(HashTable::new(offer.layout.page_space())),
                     gate: Arc::new(Gate::new(offer.data_lanes.max(1))),
@@ -237,6 +243,20 @@ impl<'a> Driver<'a> {
                 self.tell(DestinationInput::RoomRefused(reason));
             }
             Err(error) => self.tell(DestinationInput::RoomRefused(error.to_string())),
+        }
+    }
+
+    fn expose(&self, memory: &Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
+        Ok(self.acceptor.capabilities().one_sided && self.acceptor.expose(Arc::clone(memory))?)
+    }
+
+    /// After this nothing that comes from the source changes the memory.
+    fn stop_placing(&mut self) {
+        if let Some(room) = self.room.get() {
+            room.gate.close();
+            if room.exposed {
+                self.acceptor.conceal();
+            }
         }
     }
 
@@ -305,9 +325,7 @@ impl<'a> Driver<'a> {
                 }
             }
         }
-        if let Some(room) = self.room.get() {
-            room.gate.close();
-        }
+        self.stop_placing();
         if let Some((due, _)) = self.answered.back() {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }

@@ -76,7 +76,7 @@ impl Destination {
         control: &Control,
     ) -> Result<Report, Failed> {
         let setup = DestinationSetup { config: self.config.clone() };
-        Driver::new(self, vm, control, DestinationSession::new(setup)).drive(acceptor)
+        Driver::new(self, vm, control, acceptor, DestinationSession::new(setup)).drive()
     }
 
     /// Tells a source that is still undecided that its guest runs here: for a migration that ended
@@ -93,7 +93,7 @@ impl Destination {
         session: SessionId,
     ) -> Result<Report, Failed> {
         let setup = DestinationSetup { config: self.config.clone() };
-        Driver::new(self, &mut NoVm, control, DestinationSession::confirm(setup, session)).drive(acceptor)
+        Driver::new(self, &mut NoVm, control, acceptor, DestinationSession::confirm(setup, session)).drive()
     }
 
     /// Stands ready once more to be asked about a migration that ended [`Failed::Undecided`]. Being
@@ -111,7 +111,7 @@ impl Destination {
     ) -> Result<Report, Failed> {
         let setup = DestinationSetup { config: self.config.clone() };
         let error = Error::NoSource(self.config.settle_window);
-        Driver::new(self, vm, control, DestinationSession::settle(setup, unsettled.session, error)).drive(acceptor)
+        Driver::new(self, vm, control, acceptor, DestinationSession::settle(setup, unsettled.session, error)).drive()
     }
 }
 

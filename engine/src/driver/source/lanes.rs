@@ -11,9 +11,11 @@ use super::super::lane::{LaneName, NumberedReceiver, NumberedSender};
 use super::super::send::{PageDuty, run_control_lane, run_data_lane};
 use super::drive::Driver;
 use super::{ControlEvent, SourceEvent};
+use crate::encode::LevelChooser;
 use crate::error::Error;
 use crate::host::ThreadRole;
 use crate::limits::EVENT_QUEUE;
+use crate::memory::GuestMemory;
 use crate::session::SourceInput;
 use crate::transport::{Dialer, LaneHalves, LaneRole, TransportError};
 
@@ -64,8 +66,10 @@ impl Driver<'_> {
 
     pub(super) fn dial_lanes(&mut self, count: u16) {
         let (dialer, events, session) = (Arc::clone(&self.dialer), self.events.0.clone(), self.unsettled.session);
+        let (memory, chooser) = (Arc::clone(&self.memory), Arc::clone(&self.pipeline.chooser));
         let work = move || {
-            let lanes = (0..count).map(|index| dial_data_lane(&*dialer, index, session)).collect();
+            let lanes = attach(&*dialer, memory, &chooser)
+                .and_then(|()| (0..count).map(|index| dial_data_lane(&*dialer, index, session)).collect());
             let _ = events.send(SourceEvent::LanesDialled(lanes));
         };
         if let Err(error) = self.lent.spawn(ThreadRole::Control, work) {
@@ -127,6 +131,14 @@ impl Driver<'_> {
 
 fn split(lane: Box<dyn crate::transport::Lane>, peer: &str) -> Result<LaneHalves, TransportError> {
     lane.split().map_err(|source| TransportError::Dial { peer: peer.to_owned(), source })
+}
+
+/// Has pages written straight from guest memory, where the transport can.
+fn attach(dialer: &dyn Dialer, memory: Arc<dyn GuestMemory>, chooser: &LevelChooser) -> Result<(), TransportError> {
+    if dialer.capabilities().one_sided && dialer.attach(memory)? {
+        chooser.can_write_directly();
+    }
+    Ok(())
 }
 
 /// Opens a data lane and introduces it.

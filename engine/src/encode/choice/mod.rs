@@ -15,6 +15,7 @@
 //! link, there nothing shrinks. So a batch is packed less hard, or not at all, if lanes would run out of what was encoded
 //! before it is done.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -94,6 +95,9 @@ pub struct Choice {
     pub admits: bool,
     /// Whether duplicates are looked for: on a link as fast as memory, looking takes longer than sending.
     pub seeks: bool,
+    /// Whether pages with content are written straight from guest memory, where the transport can. Only where nothing is
+    /// packed or tried, and while the guest runs: the last pages go with a copy, which is all of their proof.
+    pub direct: bool,
     /// A level to try on the same payload.
     pub trial: Option<Level>,
 }
@@ -101,7 +105,7 @@ pub struct Choice {
 impl Default for Choice {
     /// Everything but packing.
     fn default() -> Self {
-        Self { level: Level::Raw, admits: true, seeks: true, trial: None }
+        Self { level: Level::Raw, admits: true, seeks: true, direct: false, trial: None }
     }
 }
 
@@ -122,6 +126,8 @@ pub struct LevelChooser {
     fixed: Option<Level>,
     encoders: f64,
     lanes: f64,
+    /// Whether lanes can write pages straight from guest memory.
+    direct: AtomicBool,
     state: Mutex<State>,
 }
 
@@ -176,7 +182,18 @@ impl LevelChooser {
             trial_every: TRIAL_EVERY.0,
             trial_up: true,
         };
-        Self { fixed, encoders: encoders.max(1).into(), lanes: lanes.max(1).into(), state: Mutex::new(state) }
+        Self {
+            fixed,
+            encoders: encoders.max(1).into(),
+            lanes: lanes.max(1).into(),
+            direct: AtomicBool::new(false),
+            state: Mutex::new(state),
+        }
+    }
+
+    /// Lanes can write pages straight from guest memory.
+    pub fn can_write_directly(&self) {
+        self.direct.store(true, Ordering::Relaxed);
     }
 
     /// How the next batch is to be encoded. For an `urgent` one the guest stands still: packing harder than easily
@@ -188,7 +205,7 @@ impl LevelChooser {
         let slow = state.link_ns / self.lanes > SEEK_NS;
         if let Some(level) = self.fixed {
             let seeks = slow || level != Level::Raw;
-            return Choice { level, admits, seeks, trial: None };
+            return Choice { level, admits, seeks, direct: self.directs(level, urgent), trial: None };
         }
         state.settle(self.encoders, self.lanes);
         let trial = if urgent { None } else { state.trial(self.encoders, self.lanes) };
@@ -198,7 +215,12 @@ impl LevelChooser {
         if urgent {
             rung = rung.min(REFERENCE);
         }
-        Choice { level: LADDER[rung].0, admits, seeks, trial: trial.map(|rung| LADDER[rung].0) }
+        let (level, trial) = (LADDER[rung].0, trial.map(|rung| LADDER[rung].0));
+        Choice { level, admits, seeks, direct: trial.is_none() && self.directs(level, urgent), trial }
+    }
+
+    fn directs(&self, level: Level, urgent: bool) -> bool {
+        level == Level::Raw && !urgent && self.direct.load(Ordering::Relaxed)
     }
 
     /// Whether encoding is so little work, beside sending, that who sends a batch had better encode it too.

@@ -56,7 +56,7 @@ impl SaveOptions {
     /// The lanes to the file.
     pub(crate) fn lane(&self) -> Lane {
         let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4) as u16);
-        Lane { lanes: self.lanes.unwrap_or_else(cores), bind: None, interface: None }
+        Lane { lanes: self.lanes.unwrap_or_else(cores), bind: Vec::new(), tls_name: None, interface: None }
     }
 }
 

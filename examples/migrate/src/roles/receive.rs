@@ -6,13 +6,14 @@ use pageferry::Destination;
 use pageferry::config::DestinationConfig;
 use pageferry::transport::Acceptor;
 use pageferry::vm::VmError;
-use pageferry_unix::{Descriptors, UnixAcceptor};
+use pageferry_unix::Descriptors;
 
 use super::guests::{AnyDestination, Place};
+use super::links::Listening;
 use super::operator::Operator;
 use super::settle::settle;
 use super::{afterwards, links, not_started, parent};
-use crate::cli::{Address, ExitStatus, LingerTime, ReceiveOptions};
+use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
 use crate::machine::Allowance;
 use crate::progress::Screen;
 use crate::report::{CostClock, FinalReport, Owner, Role};
@@ -31,26 +32,16 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
         parent::end_with(parent)?;
     }
     let operator = Operator::listen(false)?;
-    let (acceptor, descriptors) = listen(options, screen)?;
+    let ReceiveOptions { listen, interface, security, peer_timeout, .. } = options;
+    let Listening { acceptor, local, descriptors } =
+        links::acceptor(listen, interface.as_ref(), security, *peer_timeout, screen)?;
+    screen.listening(&local.to_string(), &local.connection_string());
     let mut config = DestinationConfig::default();
     config.wait_for_source = options.wait;
     config.peer_timeout = options.peer_timeout;
     config.settle_window = options.settle_window;
     let arrival = Arrival { role: Role::Receive, place: place(options), config, linger: options.linger.linger };
     Ok(arrive(&arrival, &acceptor, descriptors, screen, &operator))
-}
-
-/// Listens and says where; also returns where memory comes that is handed over.
-fn listen(options: &ReceiveOptions, screen: &Screen) -> Result<(Arc<dyn Acceptor>, Option<Descriptors>), VmError> {
-    if let (Address::Unix(path), None) = (&options.listen, &options.interface) {
-        let acceptor = UnixAcceptor::bind(path)?;
-        let descriptors = acceptor.descriptors();
-        screen.listening(&options.listen.to_string());
-        return Ok((Arc::new(acceptor), Some(descriptors)));
-    }
-    let (acceptor, local) = links::acceptor(&options.listen, options.interface.as_ref(), options.peer_timeout)?;
-    screen.listening(&local.to_string());
-    Ok((acceptor, None))
 }
 
 fn place(options: &ReceiveOptions) -> Place {

@@ -1,5 +1,6 @@
 //! `migrate save`: a guest here, moved into a file.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use pageferry::transport::Dialer;
@@ -8,7 +9,7 @@ use pageferry_file::FileDialer;
 
 use super::not_started;
 use super::send::{Departure, Way, depart};
-use crate::cli::{ExitStatus, SaveOptions, Verify};
+use crate::cli::{ExitStatus, Limits, SaveOptions, Verify};
 use crate::progress::Screen;
 use crate::report::Role;
 
@@ -30,16 +31,21 @@ pub(super) fn save(options: &SaveOptions) -> ExitStatus {
 
 fn try_save(options: &SaveOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     let SaveOptions { limits, encoding, .. } = options;
-    if limits.verify == Verify::Full {
-        return Err(NoSecondMemory.into());
-    }
-    let mut how = pageferry_file::SaveOptions::default();
-    how.overwrite = options.overwrite;
-    let dialer: Arc<dyn Dialer> = Arc::new(FileDialer::new(&options.file, how)?);
+    let dialer = file_dialer(&options.file, options.overwrite, limits)?;
     let lane = options.lane();
     let way = Way { role: Role::Save, limits, lane: &lane, encoding, linger: options.linger.linger };
     depart(
         &Departure { dialer, hand_over: None, way, guest: &options.guest, moment: options.moment, verb: "saves" },
         screen,
     )
+}
+
+/// The way into a file.
+pub(super) fn file_dialer(file: &Path, overwrite: bool, limits: &Limits) -> Result<Arc<dyn Dialer>, VmError> {
+    if limits.verify == Verify::Full {
+        return Err(NoSecondMemory.into());
+    }
+    let mut how = pageferry_file::SaveOptions::default();
+    how.overwrite = overwrite;
+    Ok(Arc::new(FileDialer::new(file, how)?))
 }

@@ -12,6 +12,7 @@ use super::gentle::GentleSpawner;
 use super::guests::{self, AnySource};
 use super::handover::HandOverError;
 use super::operator::{Operator, Wish};
+use super::save::file_dialer;
 use super::settle::settle;
 use super::{afterwards, ended_early, links, not_started};
 use crate::cli::{
@@ -32,10 +33,13 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     // What cannot be is said before a guest is started.
-    let dialer = links::dialer(&options.to, &options.lane, options.limits.peer_timeout)?;
+    let SendOptions { to, lane, security, limits, .. } = options;
+    let dialer = match to {
+        Address::File(path) if lane.names_no_network() => file_dialer(path, false, limits)?,
+        _ => links::dialer(to, lane, security, limits.peer_timeout, screen)?,
+    };
     let hand_over = if options.hand_over_memory { Some(hand_over(options)?) } else { None };
-    let SendOptions { limits, lane, encoding, .. } = options;
-    let way = Way { role: Role::Send, limits, lane, encoding, linger: options.linger.linger };
+    let way = Way { role: Role::Send, limits, lane, encoding: &options.encoding, linger: options.linger.linger };
     let (guest, moment) = (&options.guest, options.moment);
     depart(&Departure { dialer, hand_over, way, guest, moment, verb: "migrates" }, screen)
 }

@@ -1,0 +1,282 @@
+//! Pages that the transport writes straight from one memory into the other, past encoder and frames.
+#![allow(missing_docs)]
+
+mod common;
+
+use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use common::{Guest, Room, Shared, content};
+use pageferry::batch::{Batch, Phase};
+use pageferry::digest::{DigestKey, HashTable, PageHasher};
+use pageferry::encode::{Choice, EncodedBatch, Encoder};
+use pageferry::memory::{GuestMemory, RegionId};
+use pageferry::place::{PlaceError, Placer};
+use pageferry::transport::{
+    self, Acceptor, Capabilities, Dialer, DirectRun, InMemoryAcceptor, InMemoryDialer, Lane, LaneHalves, LaneRole,
+    LaneSender, TransportError,
+};
+use pageferry::units::{PageNumber, PageRun};
+use pageferry::wire::{FrameBuffer, WireError};
+use pageferry::{Compress, Control, Destination, DestinationConfig, Error, Failed, Source, SourceConfig, Verify};
+
+const PAGE: u64 = 4096;
+
+/// What happens to a page at the source while it is written: before, and after.
+type Meddler = Arc<dyn Fn(RegionId, u64, Moment) + Send + Sync>;
+
+#[derive(Clone, Copy, PartialEq)]
+enum Moment {
+    Before,
+    After,
+}
+
+/// The memories that a one-sided transport knows.
+#[derive(Default)]
+struct Known {
+    from: Mutex<Option<Arc<dyn GuestMemory>>>,
+    to: Mutex<Option<Arc<dyn GuestMemory>>>,
+    written: AtomicU64,
+    refuses: bool,
+    meddler: Option<Meddler>,
+}
+
+fn one_sided() -> Capabilities {
+    let mut capabilities = Capabilities::default();
+    capabilities.one_sided = true;
+    capabilities
+}
+
+struct DirectDialer(InMemoryDialer, Arc<Known>);
+struct DirectAcceptor(InMemoryAcceptor, Arc<Known>);
+struct DirectLane(Box<dyn Lane>, Arc<Known>);
+struct DirectSender(Box<dyn LaneSender>, Arc<Known>);
+
+impl Dialer for DirectDialer {
+    fn dial(&self, role: LaneRole, timeout: Duration) -> Result<Box<dyn Lane>, TransportError> {
+        Ok(Box::new(DirectLane(self.0.dial(role, timeout)?, self.1.clone())))
+    }
+
+    fn attach(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
+        *self.1.from.lock().unwrap() = Some(memory);
+        Ok(!self.1.refuses)
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        one_sided()
+    }
+}
+
+impl Acceptor for DirectAcceptor {
+    fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
+        self.0.accept(timeout)
+    }
+
+    fn expose(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
+        *self.1.to.lock().unwrap() = Some(memory);
+        Ok(true)
+    }
+
+    fn conceal(&self) {
+        *self.1.to.lock().unwrap() = None;
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        one_sided()
+    }
+}
+
+impl Lane for DirectLane {
+    fn peer(&self) -> String {
+        self.0.peer()
+    }
+
+    fn split(self: Box<Self>) -> io::Result<LaneHalves> {
+        let halves = self.0.split()?;
+        Ok(LaneHalves { sender: Box::new(DirectSender(halves.sender, self.1)), ..halves })
+    }
+}
+
+impl LaneSender for DirectSender {
+    fn send(&mut self, frame: &mut [IoSlice<'_>]) -> io::Result<()> {
+        self.0.send(frame)
+    }
+
+    fn write_pages(&mut self, runs: &[DirectRun]) -> io::Result<()> {
+        let (from, to) = (self.1.from.lock().unwrap().clone(), self.1.to.lock().unwrap().clone());
+        let (from, to) = from.zip(to).ok_or(io::ErrorKind::PermissionDenied)?;
+        for run in runs {
+            assert!(run.offset % PAGE == 0 && run.len % PAGE == 0 && run.len > 0);
+            for offset in (run.offset..run.offset + run.len).step_by(PAGE as usize) {
+                let meddle = |moment| {
+                    if let Some(meddle) = &self.1.meddler {
+                        meddle(run.region, offset, moment);
+                    }
+                };
+                let mut page = [0; PAGE as usize];
+                meddle(Moment::Before);
+                from.read(run.region, offset, &mut page).map_err(io::Error::other)?;
+                to.write(run.region, offset, &page).map_err(io::Error::other)?;
+                meddle(Moment::After);
+                self.1.written.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+        Ok(())
+    }
+}
+
+fn config(lanes: u16) -> SourceConfig {
+    let mut config = SourceConfig::default();
+    (config.lanes, config.verify, config.encode.compress) = (lanes, Verify::Full, Compress::Off);
+    config
+}
+
+/// Moves a guest; everything that both sides can compare is compared.
+fn moves(guest: &mut Guest, known: Known, config: SourceConfig) -> (pageferry::Report, pageferry::Report, Arc<Known>) {
+    let known = Arc::new(known);
+    let (dialer, acceptor) = transport::in_memory();
+    let (dialer, acceptor) = (DirectDialer(dialer, known.clone()), DirectAcceptor(acceptor, known.clone()));
+    let arrival = std::thread::spawn(move || {
+        let (mut room, mut config) = (Room::default(), DestinationConfig::default());
+        config.wait_for_source = Some(Duration::from_secs(20));
+        let result = Destination::new(config).run(&mut room, Arc::new(acceptor), &Control::new());
+        (room, result)
+    });
+    let sent = Source::new(config).run(guest, Arc::new(dialer), &Control::new()).unwrap();
+    let (room, arrived) = arrival.join().unwrap();
+    assert!(content(&room.memory.unwrap()) == guest.content(), "memory differs");
+    assert_eq!((sent.digest_match, sent.full_verify_match), (Some(true), Some(true)));
+    assert!(known.to.lock().unwrap().is_none(), "exposed memory is concealed in the end");
+    (sent, arrived.unwrap(), known)
+}
+
+#[test]
+fn pages_that_are_written_straight_into_memory_arrive_whole_and_are_counted() {
+    for lanes in [1, 3] {
+        let mut guest = Guest::new(3000, Some(Duration::from_micros(50)));
+        let (sent, arrived, known) = moves(&mut guest, Known::default(), config(lanes));
+        let written = known.written.load(Ordering::SeqCst);
+        // All pages with content that were sent while the guest ran.
+        assert!(written >= 1900, "{written}");
+        assert_eq!(sent.stages.covered_bytes(), sent.stages.saved().total() + sent.stages.packed_bytes);
+        assert!(sent.wire_bytes > written * PAGE && arrived.wire_bytes > written * PAGE);
+        assert_eq!((sent.pages_sent, sent.pages_zero), (arrived.pages_sent, arrived.pages_zero));
+    }
+}
+
+#[test]
+fn the_control_lane_alone_can_write_too() {
+    let (_, _, known) = moves(&mut Guest::new(500, None), Known::default(), config(0));
+    assert!(known.written.load(Ordering::SeqCst) > 300);
+}
+
+#[test]
+fn a_transport_that_cannot_after_all_sends_frames() {
+    let known = Known { refuses: true, ..Known::default() };
+    let (_, _, known) = moves(&mut Guest::new(500, None), known, config(2));
+    assert_eq!(known.written.load(Ordering::SeqCst), 0);
+}
+
+#[test]
+fn pages_are_packed_in_frames_when_that_is_asked_for() {
+    let mut packed = config(2);
+    packed.encode.compress = Compress::Level(1);
+    let (_, _, known) = moves(&mut Guest::new(500, None), Known::default(), packed);
+    assert_eq!(known.written.load(Ordering::SeqCst), 0);
+}
+
+/// Changes a page for the time in which it is written: what lands is not what was hashed, and yet the page is in the end as it
+/// was when it was hashed.
+fn there_and_back(shared: &Arc<Shared>, every: u64, then: fn(u64) -> u8) -> Meddler {
+    let shared = shared.clone();
+    let writes = AtomicU64::new(0);
+    // What the page was, while it is another.
+    let was = Mutex::new(None);
+    Arc::new(move |region, offset, moment| {
+        let mut was = was.lock().unwrap();
+        if moment == Moment::Before {
+            // Not for ever: the migration is to end. And a guest that stands still writes nothing.
+            let meddles = (offset / PAGE).is_multiple_of(every) && *shared.running();
+            if !meddles || writes.fetch_add(1, Ordering::SeqCst) > 600 {
+                return;
+            }
+            let mut bytes = [0; 16];
+            shared.memory.read(region, offset, &mut bytes).unwrap();
+            *was = Some(bytes);
+            shared.memory.write(region, offset, &[0xAA; 16]).unwrap();
+        } else if let Some(bytes) = was.take() {
+            shared.memory.write(region, offset, &bytes).unwrap();
+            shared.memory.write(region, offset + 4090, &[then(offset / PAGE)]).unwrap();
+        } else {
+            return;
+        }
+        shared.log.mark(region, offset / PAGE..offset / PAGE + 1);
+    })
+}
+
+#[test]
+fn a_page_that_was_another_only_while_it_was_written_is_sent_again() {
+    // What is there at the end is what was hashed at first: nothing has changed, as far as hashes tell.
+    let mut guest = Guest::new(2000, None);
+    let meddler = there_and_back(&guest.shared, 3, |_| 0);
+    moves(&mut guest, Known { meddler: Some(meddler), ..Known::default() }, config(1));
+    // And with a little change besides: what would be a delta.
+    let mut guest = Guest::new(2000, None);
+    let meddler = there_and_back(&guest.shared, 2, |page| page as u8);
+    moves(&mut guest, Known { meddler: Some(meddler), ..Known::default() }, config(1));
+}
+
+#[test]
+fn pages_that_became_equal_are_not_copied_from_one_that_is_not_certain() {
+    let mut guest = Guest::new(1200, None);
+    for page in 0..600 {
+        guest.shared.memory.write(RegionId(0), page * PAGE, &[7; 4000]).unwrap();
+    }
+    let meddler = there_and_back(&guest.shared, 1, |_| 0);
+    let mut slow = config(1);
+    // So slow that duplicates are looked for.
+    slow.bandwidth = Some(8 << 20);
+    moves(&mut guest, Known { meddler: Some(meddler), ..Known::default() }, slow);
+}
+
+#[test]
+fn a_source_that_says_it_has_written_where_it_cannot_is_refused() {
+    let guest = Guest::new(10, None);
+    let hasher = || PageHasher::new(&DigestKey([1; 32]));
+    let table = Arc::new(HashTable::new(128));
+    let shared = pageferry::encode::Shared::plain(table.clone());
+    let mut encoder = Encoder::new(guest.shared.memory.clone(), hasher(), Arc::new(shared));
+    let runs = vec![PageRun { first: PageNumber(0), count: 5 }];
+    let batch = Batch { round: 0, phase: Phase::Contents, runs, pages: 5, urgent: false };
+    let mut encoded = EncodedBatch::default();
+    encoder.encode(&batch, Choice { direct: true, ..Choice::default() }, &mut encoded).unwrap();
+    assert_eq!(encoded.written_bytes(), 3 * PAGE);
+    let mut frame = FrameBuffer::new();
+    let bytes: Vec<u8> = encoded.seal(0).iter().flat_map(|part| part.to_vec()).collect();
+    frame.fill(&bytes).unwrap();
+    let placer = || Placer::new(guest.shared.memory.clone(), hasher(), table.clone());
+    assert!(matches!(placer().place(&frame), Err(PlaceError::Wire(WireError::NotExposed))));
+    assert_eq!(placer().exposed(true).place(&frame).unwrap().pages, 5);
+}
+
+#[test]
+fn a_write_that_fails_ends_the_lane_and_the_guest_stays() {
+    let known = Arc::new(Known::default());
+    let (dialer, acceptor) = transport::in_memory();
+    let arrival = std::thread::spawn(move || {
+        // Not one-sided at this end: nothing is ever exposed.
+        let mut room = Room::default();
+        (
+            Destination::new(DestinationConfig::default()).run(&mut room, Arc::new(acceptor), &Control::new()),
+            room.committed,
+        )
+    });
+    let mut guest = Guest::new(500, None);
+    let failed = Source::new(config(2)).run(&mut guest, Arc::new(DirectDialer(dialer, known)), &Control::new());
+    assert!(matches!(failed, Err(Failed::SourceStillOwns { error: Error::LaneBroken { .. }, .. })), "{failed:?}");
+    assert!(guest.is_running_now());
+    let (arrived, committed) = arrival.join().unwrap();
+    assert!(arrived.is_err() && committed.is_none());
+}
