@@ -94,9 +94,9 @@ impl RdmaDialer {
     ) -> Result<RdmaLane, ConnectFailure> {
         let call = Call { id: Arc::new(Id::new()?), address, deadline: Instant::now() + timeout, timeout };
         let source = self.source.map(|source| SocketAddr::new(source, 0));
-        call.id.resolve_address(source, address, timeout).map_err(|error| call.address_failure(error))?;
+        call.id.resolve_address(source, address, timeout).map_err(|error| call.failed(error))?;
         call.wait_for(|event| matches!(event, Event::AddressResolved).then_some(()))?;
-        call.id.resolve_route(call.left()).map_err(|error| call.unreachable(error))?;
+        call.id.resolve_route(call.left()).map_err(|error| call.failed(error))?;
         call.wait_for(|event| matches!(event, Event::RouteResolved).then_some(()))?;
 
         let one_way = matches!(role, LaneRole::Data(_));
@@ -131,7 +131,7 @@ impl Call {
     /// Makes the connection, and hears what the peer says of itself.
     fn introduce(&self, ours: Hello) -> Result<Hello, ConnectFailure> {
         let address = self.address;
-        self.id.connect(&ours.encode()).map_err(|error| self.unreachable(error))?;
+        self.id.connect(&ours.encode()).map_err(|error| self.failed(error))?;
         let private = self.wait_for(|event| match event {
             Event::Established(private) => Some(private),
             _ => None,
@@ -145,10 +145,10 @@ impl Call {
     /// Waits for an event that is wanted; another that ends the call is an error.
     fn wait_for<T>(&self, wanted: impl Fn(Event) -> Option<T>) -> Result<T, ConnectFailure> {
         loop {
-            let event = self.id.next_event().map_err(|error| self.unreachable(error))?;
+            let event = self.id.next_event().map_err(|error| self.failed(error))?;
             match event {
                 Some(Event::Rejected(reason, private)) => return Err(self.rejected(reason, &private)),
-                Some(Event::Failed(error)) => return Err(self.address_failure(error)),
+                Some(Event::Failed(error)) => return Err(self.failed(error)),
                 Some(Event::Disconnected) => return Err(ConnectFailure::Refused(self.address)),
                 Some(event) => {
                     if let Some(found) = wanted(event) {
@@ -157,7 +157,7 @@ impl Call {
                 }
                 None if self.left().is_zero() => return Err(self.no_answer()),
                 None => {
-                    wait_readable(&[self.id.fd()], self.left()).map_err(|error| self.unreachable(error))?;
+                    wait_readable(&[self.id.fd()], self.left()).map_err(|error| self.failed(error))?;
                 }
             }
         }
@@ -167,16 +167,12 @@ impl Call {
         ConnectFailure::NoAnswer { address: self.address, timeout: self.timeout }
     }
 
-    fn unreachable(&self, error: io::Error) -> ConnectFailure {
-        ConnectFailure::Unreachable { address: self.address, error }
-    }
-
-    fn address_failure(&self, error: io::Error) -> ConnectFailure {
+    fn failed(&self, error: io::Error) -> ConnectFailure {
         let address = self.address;
         match error.raw_os_error() {
             Some(libc::ENODEV | libc::EADDRNOTAVAIL) => ConnectFailure::NotOnDevice { address, error },
             Some(libc::ETIMEDOUT) => self.no_answer(),
-            _ => self.unreachable(error),
+            _ => ConnectFailure::Unreachable { address, error },
         }
     }
 

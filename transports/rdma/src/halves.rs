@@ -37,6 +37,14 @@ impl RdmaLane {
     }
 }
 
+/// For tests that do what the engine does not.
+#[cfg(test)]
+impl RdmaLane {
+    pub(crate) fn core(&self) -> &Core {
+        &self.core
+    }
+}
+
 impl Lane for RdmaLane {
     fn peer(&self) -> String {
         self.core.peer().to_owned()

@@ -9,6 +9,8 @@
 
 mod accept;
 mod address;
+#[cfg(test)]
+mod attacks;
 mod cm;
 mod dial;
 mod failure;

@@ -15,8 +15,12 @@ pub(crate) fn missing() -> Option<String> {
 }
 
 pub(crate) fn acceptor() -> RdmaAcceptor {
+    acceptor_with(RdmaOptions::default())
+}
+
+pub(crate) fn acceptor_with(options: RdmaOptions) -> RdmaAcceptor {
     let address = std::env::var(ADDRESS).expect("tests are skipped without it");
-    RdmaAcceptor::bind(&format!("{address}:0"), RdmaOptions::default()).expect("the device takes a listener")
+    RdmaAcceptor::bind(&format!("{address}:0"), options).expect("the device takes a listener")
 }
 
 pub(crate) fn dialer(target: impl std::fmt::Display) -> RdmaDialer {
