@@ -54,7 +54,8 @@ impl RdmaAcceptor {
     /// Listens on `host:port`, `192.0.2.1:port` or `[2001:db8::1]:port`: an address of an RDMA device, or `0.0.0.0` or `[::]` for
     /// all devices. Port 0 lets the host choose one: see [`local_addr`](Self::local_addr).
     pub fn bind(address: &str, options: RdmaOptions) -> Result<Self, TransportError> {
-        let refuse = |failure: ConnectFailure| TransportError::Accept { local: address.to_owned(), source: failure.into() };
+        let refuse =
+            |failure: ConnectFailure| TransportError::Accept { local: address.to_owned(), source: failure.into() };
         let mut failures = Vec::new();
         for candidate in resolve(address).map_err(refuse)? {
             match listen(candidate) {
@@ -131,7 +132,8 @@ impl RdmaAcceptor {
                 return Ok(Some(self.admit(core)));
             }
             let full = callers.len() >= self.plan.callers;
-            let patience = callers.first().map_or(GREETING_TIMEOUT, |oldest| GRACE.saturating_sub(oldest.since.elapsed()));
+            let patience =
+                callers.first().map_or(GREETING_TIMEOUT, |oldest| GRACE.saturating_sub(oldest.since.elapsed()));
             if !full || patience.is_zero() {
                 match listener.next_event()? {
                     Some(Event::Request(id, private)) => {

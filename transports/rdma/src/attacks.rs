@@ -42,7 +42,8 @@ fn layout() -> Layout {
 impl Victim {
     /// `None` where there is no device.
     fn new() -> Option<Self> {
-        let address = std::env::var("PAGEFERRY_RDMA_ADDRESS").map_err(|_| "no RDMA device: see transports/rdma/vm".to_owned());
+        let address =
+            std::env::var("PAGEFERRY_RDMA_ADDRESS").map_err(|_| "no RDMA device: see transports/rdma/vm".to_owned());
         if skips(address.clone().err()) {
             return None;
         }
@@ -80,7 +81,7 @@ impl Victim {
     }
 
     /// Nothing was harmed.
-    fn is_well(mut self) {
+    fn goes_on(mut self) {
         let mut bytes = vec![0; LEN as usize];
         self.memory.read(RegionId(0), 0, &mut bytes).unwrap();
         assert!(bytes.iter().all(|&byte| byte == FILL), "the victim's memory changed");
@@ -121,12 +122,13 @@ impl Attacker {
     /// Writes zeros there, and says how that ended for attacker and victim.
     fn write(self, address: u64, key: u32, len: u32) -> (LaneFailure, String) {
         let core = self.lane.core();
-        let outcome = core.write(&self.window, 0, len, Remote { address, key }, true).and_then(|number| core.finish(number));
+        let outcome =
+            core.write(&self.window, 0, len, Remote { address, key }, true).and_then(|number| core.finish(number));
         let heard = in_time(move || self.heard.join().unwrap()).expect_err("the victim's lane is over");
         (outcome.expect_err("it was refused"), heard.to_string())
     }
 
-    fn is_refused_to_write(self, address: u64, key: u32, len: u32) {
+    fn may_not_write(self, address: u64, key: u32, len: u32) {
         let (failure, heard) = self.write(address, key, len);
         assert_eq!(failure, LaneFailure::WriteRefused);
         assert!(heard.contains("outside of the windows"), "{heard}");
@@ -139,11 +141,11 @@ fn a_made_up_key_writes_nothing() {
     for wrong in [1u32, 0x100, 0xFFFF_FF00] {
         let attacker = victim.attacker();
         let grant = attacker.grant(0);
-        attacker.is_refused_to_write(grant.address, grant.key ^ wrong, 4096);
+        attacker.may_not_write(grant.address, grant.key ^ wrong, 4096);
     }
     let attacker = victim.attacker();
-    attacker.is_refused_to_write(0, 0, 4096);
-    victim.is_well();
+    attacker.may_not_write(0, 0, 4096);
+    victim.goes_on();
 }
 
 #[test]
@@ -159,9 +161,9 @@ fn a_write_that_leaves_its_window_writes_nothing() {
         let attacker = victim.attacker();
         let grant = attacker.grant(2 << 20);
         let (address, len) = way(grant);
-        attacker.is_refused_to_write(address, grant.key, len);
+        attacker.may_not_write(address, grant.key, len);
     }
-    victim.is_well();
+    victim.goes_on();
 }
 
 #[test]
@@ -169,12 +171,12 @@ fn the_key_of_another_lane_opens_nothing() {
     let Some(victim) = Victim::new() else { return };
     let honest = victim.attacker();
     let grant = honest.grant(0);
-    victim.attacker().is_refused_to_write(grant.address, grant.key, 4096);
+    victim.attacker().may_not_write(grant.address, grant.key, 4096);
     // Its own lane is not harmed by that.
     assert!(matches!(honest.ask(RegionId(0), 4 << 20, 0), Answer::Granted(_)));
     drop(honest.lane);
     assert!(honest.heard.join().unwrap().is_err());
-    victim.is_well();
+    victim.goes_on();
 }
 
 #[test]
@@ -183,14 +185,14 @@ fn a_window_that_was_given_back_or_concealed_is_shut() {
     let attacker = victim.attacker();
     let grant = attacker.grant(0);
     assert!(matches!(attacker.ask(RegionId(0), 2 << 20, grant.id), Answer::Granted(_)));
-    attacker.is_refused_to_write(grant.address, grant.key, 4096);
+    attacker.may_not_write(grant.address, grant.key, 4096);
 
     let attacker = victim.attacker();
     let grant = attacker.grant(0);
     victim.acceptor.conceal();
     assert_eq!(attacker.ask(RegionId(0), 0, 0), Answer::Refused(Refusal::Concealed));
-    attacker.is_refused_to_write(grant.address, grant.key, 4096);
-    victim.is_well();
+    attacker.may_not_write(grant.address, grant.key, 4096);
+    victim.goes_on();
 }
 
 #[test]
@@ -221,15 +223,14 @@ fn a_concealed_window_is_shut_in_the_middle_of_writing() {
     assert!(matches!(failure, LaneFailure::WriteRefused | LaneFailure::BrokenOff | LaneFailure::Dropped), "{failure}");
     assert!(in_time(move || attacker.heard.join().unwrap()).is_err());
     std::thread::sleep(Duration::from_millis(100));
-    victim.is_well();
+    victim.goes_on();
 }
 
 #[test]
 fn places_that_do_not_exist_are_refused_and_the_lane_lives() {
     let Some(victim) = Victim::new() else { return };
     let attacker = victim.attacker();
-    for (region, offset) in
-        [(0, LEN), (0, u64::MAX), (0, 1 << 63), (1, 0), (2, 0), (u32::MAX, 0), (u32::MAX, u64::MAX)]
+    for (region, offset) in [(0, LEN), (0, u64::MAX), (0, 1 << 63), (1, 0), (2, 0), (u32::MAX, 0), (u32::MAX, u64::MAX)]
     {
         let answer = attacker.ask(RegionId(region), offset, 0);
         assert_eq!(answer, Answer::Refused(Refusal::OutOfBounds), "region {region}, offset {offset:#x}");
@@ -238,7 +239,7 @@ fn places_that_do_not_exist_are_refused_and_the_lane_lives() {
     assert!(matches!(attacker.ask(RegionId(0), 0, 12345), Answer::Granted(_)));
     frame(&attacker.lane, 5);
     assert_eq!(in_time(move || attacker.heard.join().unwrap()).unwrap().0, 5);
-    victim.is_well();
+    victim.goes_on();
 }
 
 #[test]
@@ -250,7 +251,7 @@ fn a_lane_gets_no_more_windows_than_agreed_on() {
     assert_eq!(attacker.ask(RegionId(0), 0, 0), Answer::Refused(Refusal::TooMany));
     drop(attacker.lane);
     assert!(in_time(move || attacker.heard.join().unwrap()).is_err());
-    victim.is_well();
+    victim.goes_on();
 }
 
 #[test]
@@ -276,7 +277,7 @@ fn a_stranger_that_was_heard_once_is_given_no_window() {
     let mut halves = accepting.join().unwrap().split().unwrap();
     let error = receive(&mut halves.receiver).unwrap_err().to_string();
     assert!(error.contains("may not ask"), "{error}");
-    victim.is_well();
+    victim.goes_on();
 }
 
 #[test]
@@ -296,7 +297,9 @@ fn messages_against_the_rules_end_their_lane() {
         assert!(heard.contains(expected), "{kind:?}: {heard}");
     }
     // Frames that are too long, or whose parts do not fit.
-    for (first, second, expected) in [(4 << 20, 0, "impossible length"), (8, 0, "impossible length"), (9000, 42, "do not fit")] {
+    for (first, second, expected) in
+        [(4 << 20, 0, "impossible length"), (8, 0, "impossible length"), (9000, 42, "do not fit")]
+    {
         let attacker = victim.attacker();
         let core = attacker.lane.core();
         for left in [first, second] {
@@ -306,7 +309,7 @@ fn messages_against_the_rules_end_their_lane() {
         let heard = in_time(move || attacker.heard.join().unwrap()).unwrap_err().to_string();
         assert!(heard.contains(expected), "{first}: {heard}");
     }
-    victim.is_well();
+    victim.goes_on();
 }
 
 #[test]
@@ -334,7 +337,7 @@ fn messages_without_credits_end_their_lane() {
         }
     });
     assert!(error.contains("more messages than it has credits"), "{error}");
-    victim.is_well();
+    victim.goes_on();
 }
 
 /// The engine's own way of writing keeps to all of this.
@@ -356,10 +359,10 @@ fn an_honest_source_beside_an_attacker_goes_on() {
     let receiving = std::thread::spawn(move || receive(&mut far.receiver).map(|(number, _)| (number, far)));
     near.sender.write_pages(&[DirectRun { region: RegionId(0), offset: 0, len: LEN / 2 }]).unwrap();
     let grant = attacker.grant(0);
-    attacker.is_refused_to_write(grant.address, grant.key ^ 0x100, 4096);
+    attacker.may_not_write(grant.address, grant.key ^ 0x100, 4096);
     near.sender.write_pages(&[DirectRun { region: RegionId(0), offset: LEN / 2, len: LEN / 2 }]).unwrap();
     send(&mut near.sender, 9, b"done").unwrap();
     assert_eq!(in_time(move || receiving.join().unwrap()).unwrap().0, 9);
     drop(near);
-    victim.is_well();
+    victim.goes_on();
 }

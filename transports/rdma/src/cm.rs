@@ -9,10 +9,10 @@ use std::time::Duration;
 
 use rdma_sys::rdma_cm_event_type as kind;
 use rdma_sys::{
-    ibv_context, rdma_accept, rdma_ack_cm_event, rdma_bind_addr, rdma_cm_event, rdma_cm_id, rdma_conn_param, rdma_connect,
-    rdma_create_event_channel, rdma_create_id, rdma_destroy_event_channel, rdma_destroy_id, rdma_disconnect,
-    rdma_event_channel, rdma_get_cm_event, rdma_get_src_port, rdma_listen, rdma_migrate_id, rdma_port_space, rdma_reject,
-    rdma_resolve_addr, rdma_resolve_route, rdma_set_option,
+    ibv_context, rdma_accept, rdma_ack_cm_event, rdma_bind_addr, rdma_cm_event, rdma_cm_id, rdma_conn_param,
+    rdma_connect, rdma_create_event_channel, rdma_create_id, rdma_destroy_event_channel, rdma_destroy_id,
+    rdma_disconnect, rdma_event_channel, rdma_get_cm_event, rdma_get_src_port, rdma_listen, rdma_migrate_id,
+    rdma_port_space, rdma_reject, rdma_resolve_addr, rdma_resolve_route, rdma_set_option,
 };
 use socket2::SockAddr;
 
@@ -155,9 +155,7 @@ impl Id {
         let (source, target) = (source.map(SockAddr::from), SockAddr::from(target));
         let source = source.as_ref().map_or(null_mut(), |address| address.as_ptr().cast_mut().cast());
         // SAFETY: addresses are only read, and alive through the call.
-        checked(unsafe {
-            rdma_resolve_addr(self.raw(), source, target.as_ptr().cast_mut().cast(), millis(timeout))
-        })
+        checked(unsafe { rdma_resolve_addr(self.raw(), source, target.as_ptr().cast_mut().cast(), millis(timeout)) })
     }
 
     pub(crate) fn resolve_route(&self, timeout: Duration) -> io::Result<()> {

@@ -66,7 +66,9 @@ pub enum ConnectFailure {
     #[error("{0} refused the connection: is the receiver running there, with RDMA, and is this its port?")]
     Refused(SocketAddr),
     /// A receiver of another version.
-    #[error("{address} speaks version {theirs} of lanes over RDMA, and this program version {VERSION}: update one of them")]
+    #[error(
+        "{address} speaks version {theirs} of lanes over RDMA, and this program version {VERSION}: update one of them"
+    )]
     Version {
         /// The receiver.
         address: SocketAddr,
@@ -74,10 +76,14 @@ pub enum ConnectFailure {
         theirs: u16,
     },
     /// The receiver has no room for the lane.
-    #[error("the receiver at {0} has no lockable memory left for this lane: raise its limit (ulimit -l) or use fewer lanes")]
+    #[error(
+        "the receiver at {0} has no lockable memory left for this lane: raise its limit (ulimit -l) or use fewer lanes"
+    )]
     ReceiverFull(SocketAddr),
     /// Nobody answers.
-    #[error("{address} did not answer within {timeout:?}: is the host up, and does the network let RDMA (UDP port 4791) through?")]
+    #[error(
+        "{address} did not answer within {timeout:?}: is the host up, and does the network let RDMA (UDP port 4791) through?"
+    )]
     NoAnswer {
         /// The address that was tried.
         address: SocketAddr,
@@ -175,7 +181,9 @@ pub enum LaneFailure {
     #[error("the peer refused a write into its memory: it may have closed the window that was written to")]
     WriteRefused,
     /// The connection went into an error state, as it does when the peer writes where it may not.
-    #[error("the device broke the connection off, as it does when a peer writes outside of the windows that it was given")]
+    #[error(
+        "the device broke the connection off, as it does when a peer writes outside of the windows that it was given"
+    )]
     BrokenOff,
     /// The device reported something else.
     #[error("the device reports status {0} (see ibv_wc_status) for something that was sent")]

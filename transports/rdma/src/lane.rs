@@ -35,6 +35,14 @@ pub(crate) struct Arrived {
     pub(crate) kind: Kind,
 }
 
+/// The answer to this side's question.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Awaited {
+    Nothing,
+    Answer,
+    Here(Answer),
+}
+
 /// What one lane is at the moment.
 struct State {
     /// Slots at the peer that may be sent to, and all there are.
@@ -50,9 +58,7 @@ struct State {
     /// Slots of ours that the peer may use again, and does not know of.
     owed: u16,
     arrived: VecDeque<Arrived>,
-    /// An answer was asked for; it came.
-    asked: bool,
-    answer: Option<Answer>,
+    answer: Awaited,
     /// What the peer asked is answered so; it waits for a cell.
     reply: Option<Answer>,
     /// The peer said that this was all.
@@ -96,8 +102,7 @@ impl Core {
             cells: [0; CELLS],
             owed: 0,
             arrived: VecDeque::new(),
-            asked: false,
-            answer: None,
+            answer: Awaited::Nothing,
             reply: None,
             ended: false,
             farewell: false,
@@ -247,9 +252,11 @@ impl Core {
         let mut bytes = [0; SMALL];
         self.queue.get(slot, 0, &mut bytes);
         let (kind, credits) = decode(&bytes, len).map_err(|malformed| LaneFailure::Protocol(malformed.0))?;
-        state.credits = state.credits.checked_add(credits).filter(|&sum| sum <= state.credits_most).ok_or({
-            LaneFailure::Protocol("more credits than it has slots")
-        })?;
+        state.credits = state
+            .credits
+            .checked_add(credits)
+            .filter(|&sum| sum <= state.credits_most)
+            .ok_or(LaneFailure::Protocol("more credits than it has slots"))?;
         match kind {
             Kind::Fragment { .. } | Kind::Ask(_) if state.arrived.len() >= usize::from(self.rings.credits) => {
                 return Err(LaneFailure::Protocol("more messages than it has credits"));
@@ -260,9 +267,7 @@ impl Core {
             }
             Kind::Credits => {}
             Kind::End => state.ended = true,
-            Kind::Answer(answer) if state.asked => {
-                (state.asked, state.answer) = (false, Some(answer));
-            }
+            Kind::Answer(answer) if state.answer == Awaited::Answer => state.answer = Awaited::Here(answer),
             Kind::Answer(_) => return Err(LaneFailure::Protocol("an answer to nothing")),
         }
         self.queue.post_receive(slot).map_err(|_| LaneFailure::BrokenOff)
@@ -343,15 +348,18 @@ impl Core {
         let mut state = self.lock();
         let (bytes, len) = encode(Kind::Ask(ask), 0);
         self.queue.put(Place::Slot(slot), PREFIX, &bytes[PREFIX..len]);
-        (state.asked, state.answer) = (true, None);
+        state.answer = Awaited::Answer;
         self.send_from(&mut state, slot, Kind::Ask(ask), len - PREFIX, true)
     }
 
     /// Waits for the answer to the last question.
     pub(crate) fn answer(&self) -> Result<Answer, LaneFailure> {
-        let (_state, found) = self.wait(self.lock(), |state| match state.answer.take() {
-            Some(answer) => Some(Ok(answer)),
-            None => state.over().map(Err),
+        let (_state, found) = self.wait(self.lock(), |state| match state.answer {
+            Awaited::Here(answer) => {
+                state.answer = Awaited::Nothing;
+                Some(Ok(answer))
+            }
+            _ => state.over().map(Err),
         });
         found
     }

@@ -11,11 +11,12 @@ use std::sync::Arc;
 
 use pageferry::memory::{GuestMemory, RegionId, Transfer};
 use rdma_sys::{
-    ibv_access_flags, ibv_ack_cq_events, ibv_alloc_pd, ibv_comp_channel, ibv_cq, ibv_create_comp_channel, ibv_create_cq,
-    ibv_dealloc_pd, ibv_dereg_mr, ibv_destroy_comp_channel, ibv_destroy_cq, ibv_get_cq_event, ibv_modify_qp, ibv_mr, ibv_pd,
-    ibv_poll_cq, ibv_post_recv, ibv_post_send, ibv_qp_attr, ibv_qp_attr_mask, ibv_qp_cap, ibv_qp_init_attr, ibv_qp_state,
-    ibv_qp_type, ibv_recv_wr, ibv_reg_mr, ibv_req_notify_cq, ibv_send_flags, ibv_send_wr, ibv_sge, ibv_wc, ibv_wc_status,
-    ibv_wr_opcode, rdma_create_qp, rdma_destroy_qp, rdma_t,
+    ibv_access_flags, ibv_ack_cq_events, ibv_alloc_pd, ibv_comp_channel, ibv_cq, ibv_create_comp_channel,
+    ibv_create_cq, ibv_dealloc_pd, ibv_dereg_mr, ibv_destroy_comp_channel, ibv_destroy_cq, ibv_get_cq_event,
+    ibv_modify_qp, ibv_mr, ibv_pd, ibv_poll_cq, ibv_post_recv, ibv_post_send, ibv_qp_attr, ibv_qp_attr_mask,
+    ibv_qp_cap, ibv_qp_init_attr, ibv_qp_state, ibv_qp_type, ibv_recv_wr, ibv_reg_mr, ibv_req_notify_cq,
+    ibv_send_flags, ibv_send_wr, ibv_sge, ibv_wc, ibv_wc_status, ibv_wr_opcode, rdma_create_qp, rdma_destroy_qp,
+    rdma_t,
 };
 
 use crate::cm::Id;
@@ -323,7 +324,8 @@ impl Queue {
             return Err(failure);
         }
         let queue = Self { cq, channel, sizes, key, _registration: registration, ring, domain };
-        sys::set_nonblocking(queue.fd()).map_err(|error| ConnectFailure::Host { what: "a completion channel", error })?;
+        sys::set_nonblocking(queue.fd())
+            .map_err(|error| ConnectFailure::Host { what: "a completion channel", error })?;
         Ok(queue)
     }
 

@@ -5,8 +5,8 @@
 //! question the source gives back the one it needs least, to which no write is under way then, because a
 //! queue pair keeps order.
 
-use std::{fmt, io};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::{fmt, io};
 
 use pageferry::memory::{GuestMemory, RegionId};
 use pageferry::transport::DirectRun;

@@ -14,7 +14,7 @@ use pageferry::transport::{
 };
 use pageferry_conformance::frames::{PATIENCE, in_time, receive, send};
 use pageferry_conformance::{Joined, migrations, skips};
-use pageferry_rdma::{Refusal, RdmaAcceptor, RdmaDialer, RdmaOptions, WriteFailure};
+use pageferry_rdma::{RdmaAcceptor, RdmaDialer, RdmaOptions, Refusal, WriteFailure};
 
 const PAGE: u64 = 4096;
 
@@ -78,7 +78,7 @@ fn written_pages_arrive_before_the_next_frame(options: RdmaOptions) {
                 let first = next(pages);
                 run(region as u32, first, 1 + next((pages - first).min(600)))
             };
-            (0..1 + next(6)).map(|_| one(&mut next)).collect()
+            (0..=next(6)).map(|_| one(&mut next)).collect()
         })
         .collect();
     let expected: Vec<_> = batches.iter().flatten().copied().collect();
@@ -103,9 +103,9 @@ fn written_pages_arrive_before_the_next_frame(options: RdmaOptions) {
     for (region, len) in LENS.into_iter().enumerate() {
         for page in 0..len / PAGE {
             let here = run(region as u32, page, 1);
-            let written = expected.iter().any(|run| {
-                run.region == here.region && (run.offset..run.offset + run.len).contains(&here.offset)
-            });
+            let written = expected
+                .iter()
+                .any(|run| run.region == here.region && (run.offset..run.offset + run.len).contains(&here.offset));
             let source = if written { bytes(&from, here) } else { vec![0; PAGE as usize] };
             assert!(bytes(&to, here) == source, "{here:?}, written: {written}");
         }

@@ -10,7 +10,9 @@ const ADDRESS: &str = "PAGEFERRY_RDMA_ADDRESS";
 /// Why nothing can be tested here.
 pub(crate) fn missing() -> Option<String> {
     std::env::var(ADDRESS).is_err().then(|| {
-        format!("no RDMA device: set {ADDRESS} to an address of one, or run transports/rdma/vm/test.sh, which emulates one")
+        format!(
+            "no RDMA device: set {ADDRESS} to an address of one, or run transports/rdma/vm/test.sh, which emulates one"
+        )
     })
 }
 
