@@ -187,12 +187,25 @@ pub(crate) struct Writer {
     lent: Vec<Lent>,
     /// The place that was asked for, and the answer not yet heard.
     asked: Option<(RegionId, u64)>,
+    /// The window that was written to last, and whether it came right behind the one before.
+    current: Option<Grant>,
+    in_order: bool,
     clock: u64,
 }
 
 impl Writer {
     pub(crate) fn new(memory: Arc<Shared>, extent: Extent, most: u16) -> Self {
-        Self { memory, extent, most, opened: Vec::new(), lent: Vec::new(), asked: None, clock: 0 }
+        Self {
+            memory,
+            extent,
+            most,
+            opened: Vec::new(),
+            lent: Vec::new(),
+            asked: None,
+            current: None,
+            in_order: true,
+            clock: 0,
+        }
     }
 
     /// Writes all runs; the windows for what comes next are asked for while the one before is written to.
@@ -204,11 +217,14 @@ impl Writer {
         let mut pieces = pieces(runs, self.extent.window).peekable();
         while let Some(piece) = pieces.next() {
             let grant = self.opened_at(core, piece.region, piece.offset)?;
-            if let Some(next) = pieces.peek()
+            self.enter(grant);
+            let named = pieces.peek().map(|next| (next.region, next.offset));
+            let next = named.filter(|&(region, offset)| !holds(&grant, region, offset));
+            if let Some((region, offset)) = next.or_else(|| self.ahead(&*memory, &grant))
                 && self.most > 1
-                && !self.knows(next.region, next.offset)
+                && !self.knows(region, offset)
             {
-                self.ask(core, next.region, next.offset, Some(grant.id))?;
+                self.ask(core, region, offset, Some(grant.id))?;
             }
             self.write_piece(core, &memory, piece, grant)?;
         }
@@ -238,6 +254,21 @@ impl Writer {
         Ok(())
     }
 
+    /// Notes which windows follow each other.
+    fn enter(&mut self, grant: Grant) {
+        let before = self.current.replace(grant);
+        if let Some(before) = before.filter(|before| before.id != grant.id) {
+            self.in_order = before.region == grant.region && before.start + before.len == grant.start;
+        }
+    }
+
+    /// What is written next if memory is written in order, as in a first round.
+    fn ahead(&self, memory: &dyn GuestMemory, grant: &Grant) -> Option<(RegionId, u64)> {
+        let end = grant.start + grant.len;
+        let exists = memory.layout().region(grant.region).is_some_and(|region| end < region.len);
+        (self.in_order && exists).then_some((grant.region, end))
+    }
+
     fn knows(&self, region: RegionId, offset: u64) -> bool {
         self.asked.is_some() || self.opened.iter().any(|opened| holds(&opened.grant, region, offset))
     }
@@ -253,9 +284,9 @@ impl Writer {
             if self.asked.is_none() {
                 self.ask(core, region, offset, None)?;
             }
-            self.hear(core)?;
+            self.hear(core, (region, offset))?;
         }
-        // The answer to a question asked ahead was for another place.
+        // The answer to a question that was asked ahead was for another place.
         self.opened
             .iter()
             .find(|opened| holds(&opened.grant, region, offset))
@@ -277,8 +308,8 @@ impl Writer {
         Ok(())
     }
 
-    /// Waits for the answer to what was asked, and checks it.
-    fn hear(&mut self, core: &Core) -> io::Result<()> {
+    /// Waits for the answer to what was asked, and checks it. A refusal counts if it is for the place that is wanted now.
+    fn hear(&mut self, core: &Core, wanted: (RegionId, u64)) -> io::Result<()> {
         let Some((region, offset)) = self.asked.take() else { return Ok(()) };
         match core.answer()? {
             Answer::Granted(grant) if holds(&grant, region, offset) && grant.start.checked_add(grant.len).is_some() => {
@@ -286,6 +317,7 @@ impl Writer {
                 Ok(())
             }
             Answer::Granted(_) => Err(LaneFailure::Protocol("a window that was not asked for").into()),
+            Answer::Refused(_) if (region, offset) != wanted => Ok(()),
             Answer::Refused(refusal) => Err(WriteFailure::Refused { region: region.0, offset, refusal }.into()),
         }
     }

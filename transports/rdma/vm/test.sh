@@ -11,7 +11,7 @@ programs=()
 while read -r program; do
     name=$(basename "$program")
     programs+=(-b "$program:/tests/${name%-*}")
-done < <(test_programs test --no-run --profile "$profile")
+done < <(test_programs test --lib --tests --no-run --profile "$profile")
 echo "$*" > "$WORK/arguments"
 make_rdma_initramfs "$WORK/test.cpio" -f "$VM/inside/test:/test" -f "$WORK/arguments:/arguments" "${programs[@]}"
 "$NESTED/boot.sh" -k "$WORK/vmlinux" -i "$WORK/test.cpio" -t "${TIMEOUT:-600}"

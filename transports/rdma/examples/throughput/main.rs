@@ -54,7 +54,6 @@ fn main() -> Result<(), Box<dyn Error>> {
             let to = memory(len)?;
             to.prefault()?;
             seconds.push(way(&address, &from, &to)?.as_secs_f64());
-            writeln!(stdout(), "took {:.2}", seconds.last().unwrap())?;
             let mut arrived = vec![0; len as usize];
             to.read(RegionId(0), 0, &mut arrived)?;
             if arrived != content {

@@ -7,6 +7,9 @@ use pageferry_rdma::{RdmaAcceptor, RdmaDialer, RdmaOptions};
 /// An address of an RDMA device of this host.
 const ADDRESS: &str = "PAGEFERRY_RDMA_ADDRESS";
 
+/// Bytes that each end may lock, for tests that have both ends in one process with a limit.
+const LOCKED: &str = "PAGEFERRY_RDMA_LOCKED";
+
 /// Why nothing can be tested here.
 pub(crate) fn missing() -> Option<String> {
     std::env::var(ADDRESS).is_err().then(|| {
@@ -16,8 +19,14 @@ pub(crate) fn missing() -> Option<String> {
     })
 }
 
+pub(crate) fn options() -> RdmaOptions {
+    let mut options = RdmaOptions::default();
+    options.locked_memory = std::env::var(LOCKED).ok().and_then(|bytes| bytes.parse().ok());
+    options
+}
+
 pub(crate) fn acceptor() -> RdmaAcceptor {
-    acceptor_with(RdmaOptions::default())
+    acceptor_with(options())
 }
 
 pub(crate) fn acceptor_with(options: RdmaOptions) -> RdmaAcceptor {
@@ -26,7 +35,7 @@ pub(crate) fn acceptor_with(options: RdmaOptions) -> RdmaAcceptor {
 }
 
 pub(crate) fn dialer(target: impl std::fmt::Display) -> RdmaDialer {
-    RdmaDialer::new(format!("{target}"), RdmaOptions::default())
+    RdmaDialer::new(format!("{target}"), options())
 }
 
 pub(crate) fn join() -> Joined {
