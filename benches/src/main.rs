@@ -11,6 +11,7 @@ mod machine;
 mod movers;
 mod network;
 mod outcome;
+mod over;
 mod peer;
 mod plain;
 mod process;
@@ -58,6 +59,8 @@ enum Command {
     Downtime(commands::DowntimeOptions),
     /// Whole migrations over a shaped link, in turn with QEMU's (needs root, ip, tc, iperf3)
     Link(Box<commands::LinkOptions>),
+    /// The same migration over every transport, in turn
+    Transports(commands::TransportsOptions),
     /// The other process of a measurement; not for people
     #[command(hide = true)]
     Peer,
@@ -118,6 +121,7 @@ fn main() -> ExitCode {
         Command::Peer => return peer::serve(),
         Command::Reference(options) => commands::reference(options),
         Command::Throughput(options) => commands::throughput(options),
+        Command::Transports(options) => commands::transports(options),
         Command::Zero(options) => commands::zero(options),
         Command::Holes(options) => commands::holes(options),
         Command::Harvest(options) => commands::harvest(options),

@@ -4,16 +4,16 @@
 //! line; answers come on its standard output. The child ends when its input does.
 
 use std::io::{self, BufRead, BufReader, Write};
-use std::net::{SocketAddr, TcpListener};
+use std::net::TcpListener;
 use std::process::{Child, ChildStdin, ChildStdout, Command, ExitCode, Stdio};
 use std::sync::Arc;
 
 use pageferry::memory::MappedMemory;
 use pageferry::{Control, Destination, DestinationConfig};
-use pageferry_tcp::{TcpAcceptor, TcpOptions};
 use serde::{Deserialize, Serialize};
 
 use crate::guest::{self, Room};
+use crate::over::{Door, Over};
 use crate::{BenchError, host, machine, plain, sys};
 
 /// What the other process is to do.
@@ -24,14 +24,14 @@ pub(crate) enum Order {
     /// Receive a plain copy into the memory held.
     ReceivePlain { chunk: usize },
     /// Receive a migration into the memory held, or into fresh memory if none is.
-    ReceiveGuest,
+    ReceiveGuest { over: Over },
 }
 
 /// What the other process says.
 #[derive(Serialize, Deserialize, Debug)]
 pub(crate) enum Answer {
     Ready,
-    Listening(SocketAddr),
+    Listening(Door),
     Received(Received),
     Failed(String),
 }
@@ -79,10 +79,10 @@ impl Peer {
     }
 
     /// Makes it listen; the address is where to connect to.
-    pub(crate) fn listen(&mut self, order: Order) -> Result<SocketAddr, BenchError> {
+    pub(crate) fn listen(&mut self, order: Order) -> Result<Door, BenchError> {
         self.order(order)?;
         match self.answer()? {
-            Answer::Listening(address) => Ok(address),
+            Answer::Listening(door) => Ok(door),
             other => Err(unexpected(&other)),
         }
     }
@@ -160,18 +160,18 @@ fn obey(order: Order, held: &mut Option<Arc<MappedMemory>>) -> Result<Answer, Be
             };
             receive_plain(memory, chunk).map(Answer::Received)
         }
-        Order::ReceiveGuest => receive_guest(held.as_ref()).map(Answer::Received),
+        Order::ReceiveGuest { over } => receive_guest(over, held.as_ref()).map(Answer::Received),
     }
 }
 
-fn listening(address: SocketAddr) -> Result<(), BenchError> {
-    write_line(&mut io::stdout(), &Answer::Listening(address)).map_err(host("cannot answer"))
+fn listening(door: Door) -> Result<(), BenchError> {
+    write_line(&mut io::stdout(), &Answer::Listening(door)).map_err(host("cannot answer"))
 }
 
 fn receive_plain(memory: &Arc<MappedMemory>, chunk: usize) -> Result<Received, BenchError> {
     guest::clear(memory)?;
     let listener = TcpListener::bind("127.0.0.1:0").map_err(host("cannot listen"))?;
-    listening(listener.local_addr().map_err(host("cannot listen"))?)?;
+    listening(Door::Tcp(listener.local_addr().map_err(host("cannot listen"))?.to_string()))?;
     let mut stream = listener.accept().map_err(host("cannot accept"))?.0;
     let (window, cpu) = (guest::window(memory)?, sys::cpu_seconds());
     plain::receive(&mut stream, window, chunk).map_err(host("cannot receive"))?;
@@ -180,18 +180,18 @@ fn receive_plain(memory: &Arc<MappedMemory>, chunk: usize) -> Result<Received, B
     Ok(Received { cpu_seconds, fingerprint, present_pages: guest::present_pages(memory), grown_bytes: 0 })
 }
 
-fn receive_guest(held: Option<&Arc<MappedMemory>>) -> Result<Received, BenchError> {
+fn receive_guest(over: Over, held: Option<&Arc<MappedMemory>>) -> Result<Received, BenchError> {
     if let Some(memory) = held {
         // What is held must read as zeros, like any destination's memory.
         guest::clear(memory)?;
     }
-    let acceptor = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default())?;
+    let (acceptor, door) = over.accept()?;
     let mut room = Room(held.cloned());
     let resident = machine::resident_bytes();
-    listening(acceptor.local_addr())?;
+    listening(door)?;
     let cpu = sys::cpu_seconds();
     let destination = Destination::new(DestinationConfig::default());
-    destination.run(&mut room, Arc::new(acceptor), &Control::new()).map_err(Box::new)?;
+    destination.run(&mut room, acceptor, &Control::new()).map_err(Box::new)?;
     let cpu_seconds = sys::cpu_seconds() - cpu;
     let grown_bytes = machine::resident_bytes().saturating_sub(resident);
     let Some(memory) = room.0 else {

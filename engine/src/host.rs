@@ -25,6 +25,8 @@ pub enum ThreadRole {
     Door,
     /// Re-hashes memory for a full verification.
     Verifier(u16),
+    /// Writes or reads a saved guest's file.
+    File(u16),
 }
 
 /// Runs the engine's threads. VMMs that filter system calls per thread lend their own.
@@ -52,6 +54,7 @@ impl Spawner for StdSpawner {
             ThreadRole::Receiver(lane) => format!("ferry-recv-{lane}"),
             ThreadRole::Door => "ferry-door".to_owned(),
             ThreadRole::Verifier(index) => format!("ferry-hash-{index}"),
+            ThreadRole::File(index) => format!("ferry-file-{index}"),
         };
         let thread = std::thread::Builder::new().name(name).spawn(work)?;
         Ok(Box::new(StdJoiner(thread)))

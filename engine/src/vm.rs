@@ -93,6 +93,13 @@ pub trait DestinationVm {
     /// placed any more when this is called.
     fn abort(&mut self);
 
+    /// Whether this VMM can take over memory that it shares with the source ([`Transfer::Shared`](crate::memory::Transfer)):
+    /// it maps the descriptors that it was handed, and touches nothing of that memory before `commit`, not even in `load`,
+    /// and not in `abort` either. No is the honest default, and a guest with such memory is then refused.
+    fn takes_shared_memory(&self) -> bool {
+        false
+    }
+
     /// Userfaultfds over the guest's memory, for post-copy. None is the honest default.
     fn userfaultfds(&mut self) -> VmResult<Vec<OwnedFd>> {
         Ok(Vec::new())

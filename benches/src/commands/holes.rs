@@ -7,6 +7,7 @@ use super::measured::{Way, migrate};
 use super::{gib, size};
 use crate::guest::{self, RAM, Random};
 use crate::outcome::{Outcome, Target};
+use crate::over::Over;
 use crate::peer::Peer;
 use crate::{BenchError, machine};
 
@@ -36,7 +37,7 @@ pub(crate) fn holes(options: &HolesOptions) -> Result<Outcome, BenchError> {
     let mut peer = Peer::start()?;
     let (mut times, mut grown) = (Vec::new(), Vec::new());
     for _ in 0..options.runs {
-        let (cost, report, received) = migrate(&mut peer, &memory, Way { running: false, lanes: 1 })?;
+        let (cost, report, received) = migrate(&mut peer, &memory, Way { running: false, lanes: 1, over: Over::Tcp })?;
         let present = guest::present_pages(&memory);
         if present != touched || report.pages_zero + report.pages_sent > touched {
             let covered = report.pages_zero + report.pages_sent;

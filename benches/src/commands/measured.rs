@@ -7,10 +7,10 @@ use std::time::Instant;
 use pageferry::memory::MappedMemory;
 use pageferry::stats::Report;
 use pageferry::{Control, Source, SourceConfig};
-use pageferry_tcp::{TcpDialer, TcpOptions};
 
 use super::{gib, gigabytes_per_second};
 use crate::guest::{self, StillGuest};
+use crate::over::{Door, Over};
 use crate::peer::{Order, Peer, Received};
 use crate::{BenchError, host, plain, sys};
 
@@ -47,7 +47,9 @@ pub(super) fn copy_plainly(
     expected: u64,
     chunk: usize,
 ) -> Result<Cost, BenchError> {
-    let address = peer.listen(Order::ReceivePlain { chunk })?;
+    let Door::Tcp(address) = peer.listen(Order::ReceivePlain { chunk })? else {
+        return Err(BenchError::Peer("does not listen on TCP".to_owned()));
+    };
     let mut stream = TcpStream::connect(address).map_err(host("cannot connect"))?;
     let window = guest::window(memory)?;
     let ((), seconds, source_cpu) = timed(|| plain::send(&mut stream, window, chunk).map_err(host("cannot send")))?;
@@ -61,6 +63,7 @@ pub(super) fn copy_plainly(
 pub(super) struct Way {
     pub(super) running: bool,
     pub(super) lanes: u16,
+    pub(super) over: Over,
 }
 
 /// Migrates a guest with this memory over there: the whole call, from before the first connection to
@@ -70,11 +73,10 @@ pub(super) fn migrate(
     memory: &Arc<MappedMemory>,
     way: Way,
 ) -> Result<(Cost, Report, Received), BenchError> {
-    let address = peer.listen(Order::ReceiveGuest)?;
+    let dialer = peer.listen(Order::ReceiveGuest { over: way.over })?.dial()?;
     let mut config = SourceConfig::default();
     config.lanes = way.lanes;
     let mut guest = StillGuest::new(Arc::clone(memory), way.running);
-    let dialer = Arc::new(TcpDialer::new(address.to_string(), TcpOptions::default()));
     let (report, seconds, source_cpu) =
         timed(|| Ok(Source::new(config).run(&mut guest, dialer, &Control::new()).map_err(Box::new)?))?;
     let received = peer.received()?;

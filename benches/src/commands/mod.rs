@@ -10,6 +10,7 @@ mod kernels;
 mod link;
 mod measured;
 mod throughput;
+mod transports;
 mod zero;
 
 pub(crate) use downtime::{DowntimeOptions, downtime};
@@ -19,6 +20,7 @@ pub(crate) use image::{ImageOptions, image};
 pub(crate) use kernels::{KernelsOptions, kernels};
 pub(crate) use link::{LinkOptions, link};
 pub(crate) use throughput::{ReferenceOptions, ThroughputOptions, reference, throughput};
+pub(crate) use transports::{TransportsOptions, transports};
 pub(crate) use zero::{ZeroOptions, zero};
 
 /// Bytes of a size such as `512M` or `8G`.

@@ -9,6 +9,7 @@ use super::demo::{self, Demo, DemoOptions};
 use super::measured::{Cost, Way, check, copy_plainly, migrate};
 use super::{gib, gigabytes_per_second, iperf, size};
 use crate::outcome::{Outcome, Target, median};
+use crate::over::Over;
 use crate::peer::Peer;
 use crate::{BenchError, guest};
 
@@ -75,14 +76,14 @@ impl Guest {
 }
 
 /// Memory on this side, its fingerprint, and the other process with as much.
-struct Stage {
+pub(super) struct Stage {
     memory: Arc<MappedMemory>,
     fingerprint: u64,
     peer: Peer,
 }
 
 impl Stage {
-    fn new(bytes: u64) -> Result<Self, BenchError> {
+    pub(super) fn new(bytes: u64) -> Result<Self, BenchError> {
         let memory = guest::prefaulted(bytes)?;
         guest::fill_random(&memory, 0x5EED)?;
         let fingerprint = guest::fingerprint(&memory)?;
@@ -95,7 +96,7 @@ impl Stage {
         copy_plainly(&mut self.peer, &self.memory, self.fingerprint, options.chunk as usize)
     }
 
-    fn migration(&mut self, way: Way) -> Result<Cost, BenchError> {
+    pub(super) fn migration(&mut self, way: Way) -> Result<Cost, BenchError> {
         let (cost, _, received) = migrate(&mut self.peer, &self.memory, way)?;
         check("the migrated memory", &received, self.fingerprint)?;
         Ok(cost)
@@ -135,7 +136,7 @@ pub(crate) fn throughput(options: &ThroughputOptions) -> Result<Outcome, BenchEr
         let cost = stage.plain(&options.reference)?;
         plain.extend((turn > 0).then_some(cost));
         for ((_, running), costs) in variants.iter().zip(&mut migrations) {
-            let cost = stage.migration(Way { running: *running, lanes: options.lanes })?;
+            let cost = stage.migration(Way { running: *running, lanes: options.lanes, over: Over::Tcp })?;
             costs.extend((turn > 0).then_some(cost));
         }
     }
@@ -179,7 +180,7 @@ fn throughput_of_kvm(options: &ThroughputOptions) -> Result<Outcome, BenchError>
 }
 
 /// Adds the series of one way to copy; returns the medians of speed and CPU time.
-fn add(outcome: &mut Outcome, name: &str, bytes: u64, costs: &[Cost]) -> (f64, f64) {
+pub(super) fn add(outcome: &mut Outcome, name: &str, bytes: u64, costs: &[Cost]) -> (f64, f64) {
     let all = |part: &dyn Fn(&Cost) -> f64| costs.iter().map(part).collect::<Vec<_>>();
     let speed = outcome.series(format!("{name}: throughput"), "GB/s", all(&|cost| cost.speed(bytes)));
     outcome.series(format!("{name}: CPU, source"), "s/GiB", all(&|cost| cost.source_cpu / gib(bytes)));

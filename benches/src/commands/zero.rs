@@ -5,6 +5,7 @@ use clap::Args;
 use super::measured::{Way, migrate};
 use super::{gib, size};
 use crate::outcome::{Outcome, Target};
+use crate::over::Over;
 use crate::peer::Peer;
 use crate::{BenchError, guest, machine};
 
@@ -37,7 +38,8 @@ pub(crate) fn zero(options: &ZeroOptions) -> Result<Outcome, BenchError> {
     let mut peer = Peer::start()?;
     let (mut speeds, mut cpu) = (Vec::new(), Vec::new());
     for turn in 0..=options.runs {
-        let (cost, report, received) = migrate(&mut peer, &memory, Way { running: false, lanes: options.lanes })?;
+        let (cost, report, received) =
+            migrate(&mut peer, &memory, Way { running: false, lanes: options.lanes, over: Over::Tcp })?;
         if report.pages_zero != options.size / 4096 || report.pages_sent != 0 || received.present_pages != 0 {
             return Err(BenchError::Wrong(format!("not all pages went as zeros: {report:?}, {received:?}")));
         }

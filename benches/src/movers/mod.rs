@@ -1,5 +1,6 @@
 //! What moves a guest from one host to the other: `migrate`, and QEMU in several settings.
 
+mod certificates;
 mod ours;
 mod qemu;
 mod qmp;

@@ -1,11 +1,13 @@
 //! `migrate send` on one host, `migrate receive` on the other.
 
+use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
+use super::certificates;
 use super::{Moved, Mover, Subject, Task};
 use crate::network::Side;
 use crate::process::{Program, Usage};
@@ -13,16 +15,20 @@ use crate::{BenchError, guest};
 
 const PORT: u16 = 7000;
 
+const PLAIN: &str = "tcp://";
+
 /// Filling memory, listening, ending: each is a matter of seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Names of threads that are the guest's virtual CPUs.
 const VCPUS: &str = "vcpu-";
 
-/// Settings to compare: a name, and what they add to `migrate send` and `migrate receive`.
+/// Settings to compare: a name, and what they add to `migrate send` and `migrate receive`. Plain TCP carries it, unless they begin
+/// with `tls://` or `quic://`.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub(crate) struct Setting {
     name: String,
+    scheme: String,
     send: Vec<String>,
     receive: Vec<String>,
 }
@@ -35,9 +41,10 @@ impl FromStr for Setting {
         if name.is_empty() || name.contains(char::is_whitespace) {
             return Err(format!("{text:?} is not NAME=ARGUMENTS"));
         }
-        let mut words = arguments.split_whitespace().map(str::to_owned);
+        let mut words = arguments.split_whitespace().map(str::to_owned).peekable();
+        let scheme = words.next_if(|word| word.ends_with("://")).unwrap_or_else(|| PLAIN.to_owned());
         let send = words.by_ref().take_while(|word| word != "--").collect();
-        Ok(Self { name: name.to_owned(), send, receive: words.collect() })
+        Ok(Self { name: name.to_owned(), scheme, send, receive: words.collect() })
     }
 }
 
@@ -64,10 +71,21 @@ impl Ours {
         Self { program, setting }
     }
 
+    fn address(&self) -> String {
+        format!("{}{}:{PORT}", self.setting.scheme, Side::Destination.address())
+    }
+
+    fn security(&self, task: Task<'_>, side: Side) -> Result<Vec<OsString>, BenchError> {
+        if self.setting.scheme == PLAIN {
+            return Ok(vec!["--insecure-plaintext".into()]);
+        }
+        Ok(vec!["--tls-dir".into(), certificates::folder(task.scratch, side)?.into()])
+    }
+
     fn sender(&self, task: Task<'_>) -> Result<Program, BenchError> {
         let mut send = task.network.command(Side::Source, &self.program);
         send.args(["send", "--json", "--on-signal", "--linger", "0s"]);
-        send.args(["--to", &format!("{}:{PORT}", Side::Destination.address())]);
+        send.args(["--to", &self.address()]).args(self.security(task, Side::Source)?);
         send.args(task.subject.arguments()).args(&self.setting.send);
         let mut sender = Program::start("migrate send", send)?;
         sender.wait_for_line(PATIENCE, |line| line.contains("kill -USR1"))?;
@@ -77,7 +95,8 @@ impl Ours {
     fn receiver(&self, task: Task<'_>) -> Result<Program, BenchError> {
         let mut receive = task.network.command(Side::Destination, &self.program);
         receive.args(["receive", "--json", "--linger", "0s"]);
-        receive.args(["--listen", &format!("{}:{PORT}", Side::Destination.address())]).args(&self.setting.receive);
+        receive.args(["--listen", &self.address()]).args(self.security(task, Side::Destination)?);
+        receive.args(&self.setting.receive);
         let mut receiver = Program::start("migrate receive", receive)?;
         receiver.wait_for_line(PATIENCE, |line| event(line).is_some_and(|event| event["event"] == "listening"))?;
         Ok(receiver)
@@ -189,6 +208,9 @@ mod tests {
         assert_eq!(setting.name, "off");
         assert_eq!(setting.send, words(&["--compress", "off", "--lanes", "2"]));
         assert_eq!(setting.receive, words(&["--peer-timeout", "3s"]));
+        assert_eq!(setting.scheme, "tcp://");
+        let quic: Setting = "quic=quic:// --lanes 2".parse().unwrap();
+        assert_eq!((quic.scheme.as_str(), quic.send), ("quic://", words(&["--lanes", "2"])));
         let bare: Setting = "ours".parse().unwrap();
         assert_eq!((bare.name.as_str(), bare.send.len()), ("ours", 0));
         assert!("=--lanes 2".parse::<Setting>().is_err() && "--lanes 2".parse::<Setting>().is_err());

@@ -23,6 +23,10 @@ pub enum Transfer {
     Copy,
     /// Known to the destination by its place only: shared storage, or memory the guest cannot keep.
     Skip,
+    /// The very same memory at the destination, which is a process of this host and was handed its descriptor: nothing is
+    /// copied. The destination must not write, discard or prefault it before it owns the guest (R10), and only a
+    /// [`DestinationVm`](crate::DestinationVm) that says it can is offered such a guest.
+    Shared,
 }
 
 /// A run of guest-physical memory that is mapped as one piece.

@@ -57,6 +57,25 @@ impl MappedMemory {
         Ok(Self { layout, maps })
     }
 
+    /// Maps memory that another process has handed over: a memfd for each region that is not empty, in the layout's order. Nothing
+    /// of it is touched. Each must be a memfd of exactly the region's length, whose pages nobody can take away
+    /// ([`Backing::Memfd`] makes such).
+    pub fn from_files(layout: Layout, files: Vec<File>) -> Result<Self, NotShareable> {
+        let mut files = files.into_iter();
+        let maps = layout
+            .regions()
+            .iter()
+            .map(|region| match region.len {
+                0 => Ok(None),
+                len => {
+                    let file = files.next().ok_or_else(|| NotShareable::Missing(region.name.clone()))?;
+                    map_shared(&region.name, len, file).map(Some)
+                }
+            })
+            .collect::<Result<_, _>>()?;
+        Ok(Self { layout, maps })
+    }
+
     /// The memfd behind a region, where there is one.
     pub fn file(&self, region: RegionId) -> Option<BorrowedFd<'_>> {
         self.map_of(region)?.file.as_ref().map(AsFd::as_fd)
@@ -98,16 +117,79 @@ fn map(name: &str, len: u64, backing: Backing) -> io::Result<Map> {
         Backing::Memfd => {
             let file = memfd(name)?;
             file.set_len(len as u64)?;
+            seal(&file)?;
             let raw = options.map_raw(&file)?;
             Ok(Map { raw, file: Some(file), granule: PAGE_SIZE as u64 })
         }
     }
 }
 
+/// Why memory that was handed over cannot be a guest's.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum NotShareable {
+    /// Too few descriptors.
+    #[error("no descriptor came for region {0:?}")]
+    Missing(String),
+    /// Something else than a memfd.
+    #[error("what came for region {0:?} is no memfd")]
+    NotAMemfd(String),
+    /// A memfd of another length.
+    #[error("the memfd for region {name:?} has {found} bytes, not {expected}")]
+    Length {
+        /// The region.
+        name: String,
+        /// Its length.
+        expected: u64,
+        /// The memfd's.
+        found: u64,
+    },
+    /// A memfd that can be cut while the guest runs on it, or that the guest cannot write.
+    #[error("the memfd for region {0:?} must be sealed against shrinking and growing, and not against writing")]
+    Seals(String),
+    /// The host could not map it.
+    #[error("the memfd for region {name:?}: {source}")]
+    Host {
+        /// The region.
+        name: String,
+        /// What the host said.
+        source: io::Error,
+    },
+}
+
+fn map_shared(name: &str, len: u64, file: File) -> Result<Map, NotShareable> {
+    let failed = |source| NotShareable::Host { name: name.to_owned(), source };
+    // SAFETY: plain system call on a descriptor we own.
+    let seals = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GET_SEALS) };
+    if seals < 0 {
+        return Err(NotShareable::NotAMemfd(name.to_owned()));
+    }
+    let found = file.metadata().map_err(failed)?.len();
+    if found != len {
+        return Err(NotShareable::Length { name: name.to_owned(), expected: len, found });
+    }
+    let unwritable = libc::F_SEAL_WRITE | libc::F_SEAL_FUTURE_WRITE;
+    if seals & MEMFD_SEALS != MEMFD_SEALS || seals & unwritable != 0 {
+        return Err(NotShareable::Seals(name.to_owned()));
+    }
+    let len = usize::try_from(len).map_err(|error| failed(io::Error::other(error)))?;
+    let raw = MmapOptions::new().len(len).no_reserve_swap().map_raw(&file).map_err(failed)?;
+    Ok(Map { raw, file: Some(file), granule: PAGE_SIZE as u64 })
+}
+
+/// Whoever has the descriptor can take no page away by changing the length.
+const MEMFD_SEALS: i32 = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW;
+
+fn seal(file: &File) -> io::Result<()> {
+    // SAFETY: plain system call on a descriptor we own.
+    let result = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, MEMFD_SEALS) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 fn memfd(name: &str) -> io::Result<File> {
     let name = std::ffi::CString::new(name).map_err(io::Error::other)?;
     // SAFETY: `name` is a valid C string for the length of the call.
-    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC) };
+    let fd = unsafe { libc::memfd_create(name.as_ptr(), libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING) };
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
@@ -134,6 +216,10 @@ unsafe impl GuestMemory for MappedMemory {
     fn window(&self, region: RegionId) -> Option<Window> {
         let map = self.map_of(region)?;
         Some(Window { start: NonNull::new(map.raw.as_mut_ptr())?, len: map.raw.len() })
+    }
+
+    fn file(&self, region: RegionId) -> Option<BorrowedFd<'_>> {
+        Self::file(self, region)
     }
 
     fn populated(&self, region: RegionId) -> Option<Vec<Range<u64>>> {
@@ -280,6 +366,38 @@ mod tests {
 
     fn touched_pages(memory: &MappedMemory) -> Vec<u64> {
         memory.populated(RegionId(0)).unwrap().into_iter().flatten().collect()
+    }
+
+    fn file_of(memory: &MappedMemory) -> File {
+        File::from(memory.file(RegionId(0)).unwrap().try_clone_to_owned().unwrap())
+    }
+
+    #[test]
+    fn memory_that_was_handed_over_is_the_same_memory() {
+        let ours = memory(Backing::Memfd);
+        let theirs = MappedMemory::from_files(ours.layout().clone(), vec![file_of(&ours)]).unwrap();
+        ours.write(RegionId(0), 8190, b"from here").unwrap();
+        let mut bytes = [0; 9];
+        theirs.read(RegionId(0), 8190, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"from here");
+        drop(ours);
+        theirs.read(RegionId(0), 8190, &mut bytes).unwrap();
+        assert_eq!(&bytes, b"from here");
+    }
+
+    #[test]
+    fn only_a_memfd_of_the_right_length_that_nobody_can_cut_is_taken() {
+        let ours = memory(Backing::Memfd);
+        let layout = |len| Layout::new(vec![Region::ram("ram", 0, len)]).unwrap();
+        let refusal = |len, files| MappedMemory::from_files(layout(len), files).unwrap_err();
+        assert!(matches!(refusal(4 << 20, Vec::new()), NotShareable::Missing(_)));
+        assert!(matches!(refusal(8 << 20, vec![file_of(&ours)]), NotShareable::Length { found: 0x0040_0000, .. }));
+        let unsealed = memfd("unsealed").unwrap();
+        unsealed.set_len(4 << 20).unwrap();
+        assert!(matches!(refusal(4 << 20, vec![unsealed]), NotShareable::Seals(_)));
+        let ordinary = File::open("/proc/self/exe").unwrap();
+        assert!(matches!(refusal(4 << 20, vec![ordinary]), NotShareable::NotAMemfd(_)));
+        assert!(file_of(&ours).set_len(0).is_err() && file_of(&ours).set_len(8 << 20).is_err());
     }
 
     #[test]

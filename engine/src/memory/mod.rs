@@ -8,13 +8,14 @@ mod reader;
 mod writer;
 
 pub use layout::{Layout, LayoutError, Region, RegionId, Transfer};
-pub use mapped::{Backing, MappedMemory};
+pub use mapped::{Backing, MappedMemory, NotShareable};
 use raw::{copy_from_guest, copy_from_guest_unless_zero, copy_to_guest};
 pub use raw::{is_zero, is_zero_portable};
 pub(crate) use reader::PageReader;
 pub(crate) use writer::PageWriter;
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::ptr::NonNull;
 
 use crate::units::PAGE_SIZE;
@@ -91,6 +92,12 @@ pub unsafe trait GuestMemory: Send + Sync {
         // SAFETY: as in `read`, with the direction turned round.
         unsafe { copy_to_guest(from, target) };
         Ok(())
+    }
+
+    /// The memfd behind a region, where there is one: another process of this host can be handed the same memory.
+    fn file(&self, region: RegionId) -> Option<BorrowedFd<'_>> {
+        let _ = region;
+        None
     }
 
     /// The pages of a region that may hold something other than zeros, as ascending page ranges

@@ -53,10 +53,12 @@ pub enum Kind {
     Heartbeat = 16,
     /// Whose the guest is: the answer to a greeting that asks.
     Settled = 17,
+    /// What a transport's two ends say to each other: no transport hands it to the engine.
+    Transport = 18,
 }
 
 impl Kind {
-    pub(super) const ALL: [Self; 17] = [
+    pub(super) const ALL: [Self; 18] = [
         Self::Greeting,
         Self::Welcome,
         Self::Refuse,
@@ -74,6 +76,7 @@ impl Kind {
         Self::Abort,
         Self::Heartbeat,
         Self::Settled,
+        Self::Transport,
     ];
 
     fn from_byte(byte: u8) -> Result<Self, WireError> {

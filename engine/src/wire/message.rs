@@ -274,7 +274,7 @@ impl Message {
                 1 => Owner::Destination,
                 value => return Err(WireError::Value { what: "owner", value: value.into() }),
             }),
-            Kind::Pages => return Err(WireError::Kind(Kind::Pages as u8)),
+            kind @ (Kind::Pages | Kind::Transport) => return Err(WireError::Kind(kind as u8)),
         })
     }
 }
@@ -350,6 +350,7 @@ impl Offer {
             out.u8(match region.transfer {
                 Transfer::Copy => 0,
                 Transfer::Skip => 1,
+                Transfer::Shared => 2,
             });
         }
         out.bytes(&self.config);
@@ -382,6 +383,7 @@ fn decode_region(body: &mut Reader<'_>) -> Result<Region, WireError> {
     region.transfer = match body.u8("region transfer")? {
         0 => Transfer::Copy,
         1 => Transfer::Skip,
+        2 => Transfer::Shared,
         value => return Err(WireError::Value { what: "region transfer", value: value.into() }),
     };
     Ok(region)

@@ -44,7 +44,7 @@ fn a_bad_argument_ends_with_code_2_and_says_what_would_be_right() {
 
 #[test]
 fn help_explains_options_and_exit_codes_with_examples() {
-    for command in ["demo", "receive", "send", "export"] {
+    for command in ["demo", "receive", "send", "save", "restore", "export"] {
         let (code, help, _) = plain(&format!("{command} --help"));
         assert_eq!(code, 0);
         for told in ["Examples:", "Exit codes:", &format!("migrate {command} ")] {
@@ -57,7 +57,7 @@ fn help_explains_options_and_exit_codes_with_examples() {
 #[test]
 fn only_the_sides_that_encode_offer_encoding() {
     let options = ["--compress", "--encoders", "--encoder-nice", "--delta-cache", "--no-duplicates"];
-    for (command, encodes) in [("demo", true), ("send", true), ("receive", false)] {
+    for (command, encodes) in [("demo", true), ("send", true), ("save", true), ("receive", false), ("restore", false)] {
         let (_, help, _) = plain(&format!("{command} --help"));
         assert_eq!(help.contains("\nEncoding:\n"), encodes, "{command}: {help}");
         for option in options {

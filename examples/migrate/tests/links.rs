@@ -3,35 +3,104 @@
 mod common;
 
 use common::{Running, program};
+use serde_json::Value;
+
+/// Moves a small guest; `listen` is the receiver's, `send` what the sender says besides. Returns what the receiver said at first.
+fn moves(listen: &str, receive: &str, send: &str) -> Value {
+    let mut receiver = Running::start(&format!("receive --listen {listen} {receive} --linger 20ms --wait 60s"));
+    let listening = receiver.wait_for("listening");
+    let to = listening["connect"].as_str().unwrap();
+    let sender = Running::start(&format!(
+        "send --guest process --to {to} {send} --memory 32M --after 50ms --linger 20ms --lanes 2 --verify full"
+    ));
+    let (sent, arrived) = (sender.end(), receiver.end());
+    let report = sent.report();
+    assert_eq!((sent.code, &report["outcome"]), (0, &"completed".into()), "{listen}: {report}");
+    assert_eq!((&report["digest_match"], &report["full_verify_match"]), (&true.into(), &true.into()), "{report}");
+    assert_eq!((arrived.code, &arrived.report()["guest_self_check"]), (0, &"ok".into()), "{}", arrived.report());
+    listening
+}
 
 #[test]
 fn a_guest_moves_over_a_unix_socket() {
     let path = std::env::temp_dir().join(format!("migrate-links-{}.sock", std::process::id()));
     let address = format!("unix:{}", path.display());
-    let mut receiver = Running::start(&format!("receive --listen {address} --linger 20ms"));
-    assert_eq!(receiver.wait_for("listening")["address"], *address);
-    let sender = Running::start(&format!(
-        "send --guest process --to {address} --memory 32M --after 50ms --linger 20ms --lanes 2 --verify full"
-    ));
-    let (sent, arrived) = (sender.end(), receiver.end());
-    let report = sent.report();
-    assert_eq!((sent.code, &report["outcome"]), (0, &"completed".into()), "{report}");
-    assert_eq!((&report["digest_match"], &report["full_verify_match"]), (&true.into(), &true.into()), "{report}");
-    assert_eq!((arrived.code, &arrived.report()["guest_self_check"]), (0, &"ok".into()), "{}", arrived.report());
+    let listening = moves(&address, "", "");
+    assert_eq!((&listening["address"], &listening["connect"]), (&address.clone().into(), &address.into()));
     assert!(!path.exists(), "the socket goes with its listener");
 }
 
 #[test]
-fn links_that_cannot_be_are_explained_before_a_guest_is_started() {
+fn two_hosts_pair_with_what_the_receiver_prints() {
+    for scheme in ["tls"] {
+        let listening = moves(&format!("{scheme}://127.0.0.1:0"), "", "");
+        let (address, connect) = (listening["address"].as_str().unwrap(), listening["connect"].as_str().unwrap());
+        assert!(address.starts_with(&format!("{scheme}://127.0.0.1:")) && !address.contains("pair-"), "{address}");
+        assert!(connect.starts_with(address) && connect.contains("/pair-"), "{connect}");
+    }
+}
+
+#[test]
+fn a_demonstration_of_each_transport_ends_well() {
+    for transport in ["tls", "unix", "memfd", "file", "paths"] {
+        let arguments = format!("demo --transport {transport} --memory 48M --after 50ms --linger 50ms");
+        let ended = Running::start(&arguments).end();
+        let report = ended.report();
+        assert_eq!((ended.code, &report["outcome"]), (0, &"completed".into()), "{transport}: {report}");
+        assert_eq!(report["guest_self_check"], "ok", "{transport}: {report}");
+    }
+}
+
+#[test]
+fn what_leaves_the_host_is_encrypted_unless_somebody_insists() {
+    // All of this host's addresses: it might leave.
+    let listening = moves("0.0.0.0:0", "", "");
+    assert!(listening["connect"].as_str().unwrap().starts_with("tls://"), "{listening}");
+    let listening = moves("0.0.0.0:0", "--insecure-plaintext", "--insecure-plaintext");
+    assert_eq!(listening["connect"], listening["address"]);
     for (arguments, expected) in [
-        ("send --to quic://host:1", "quic"),
+        ("receive --listen tcp://0.0.0.0:0", "--insecure-plaintext"),
+        ("send --to tcp://192.0.2.7:7000", "--insecure-plaintext"),
+        ("send --to 192.0.2.7:7000", "/pair-..."),
+        ("send --to tls://192.0.2.7:7000", "/pair-..."),
+        ("send --to 192.0.2.7:1,192.0.2.8:1", "/pair-..."),
+    ] {
+        refused(arguments, expected);
+    }
+}
+
+#[test]
+fn a_guest_moves_over_two_paths() {
+    moves("127.0.0.1:0,127.0.0.2:0", "", "");
+    moves("127.0.0.1:0,127.0.0.2:0", "", "--bind 127.0.0.1,127.0.0.2");
+    moves("tls://127.0.0.1:0,127.0.0.2:0", "", "");
+    refused("send --to 127.0.0.1:1,127.0.0.2:1,127.0.0.3:1 --bind 127.0.0.1,127.0.0.2", "2 addresses for 3 paths");
+}
+
+#[test]
+fn links_that_cannot_be_are_explained_before_a_guest_is_started() {
+    let pairing = format!("pair-{}", "A".repeat(64));
+    for (arguments, expected) in [
+        ("send --to carrier-pigeon://host:1", "carrier-pigeon"),
         ("send --to unix:", "no path"),
         ("send --to unix:/run/guest.sock --interface lo", "unix:/run/guest.sock has none"),
         ("receive --listen unix:/run/guest.sock --interface lo", "unix:/run/guest.sock has none"),
         ("receive --listen unix:/proc/guest.sock", "/proc/guest.sock"),
+        ("receive --listen file:/nonexistent/guest.save", "/nonexistent/guest.save"),
+        ("send --to file:/nonexistent/guest.save", "/nonexistent"),
+        ("send --to file:guest.save --verify full", "--verify full"),
+        ("receive --listen tls://127.0.0.1:0 --tls-dir /nonexistent", "/nonexistent"),
+        ("send --to tls://127.0.0.1:1 --tls-dir /nonexistent", "/nonexistent"),
+        (&format!("receive --listen tls://127.0.0.1:0/{pairing}"), "the receiver makes its own"),
+        ("send --to tls://127.0.0.1:1/pair-abc", "copy all"),
     ] {
-        let output = program().args(arguments.split_whitespace()).output().unwrap();
-        let told = String::from_utf8(output.stderr).unwrap();
-        assert!(!output.status.success() && told.contains(expected), "{arguments}: {told}");
+        refused(arguments, expected);
     }
+}
+
+#[track_caller]
+fn refused(arguments: &str, expected: &str) {
+    let output = program().args(arguments.split_whitespace()).output().unwrap();
+    let told = String::from_utf8(output.stderr).unwrap();
+    assert!(!output.status.success() && told.contains(expected), "{arguments}: {told}");
 }

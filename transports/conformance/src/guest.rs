@@ -1,5 +1,6 @@
 //! A guest without a hypervisor: memory that a thread writes, and room for it elsewhere.
 
+use std::fmt;
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -23,7 +24,7 @@ struct Shared {
 }
 
 /// A guest of one region: a third of its pages are zero, a third alike, a third each of its own kind.
-pub(crate) struct Guest {
+pub struct Guest {
     shared: Arc<Shared>,
     log: WriteLog,
     writer: Option<JoinHandle<()>>,
@@ -31,7 +32,7 @@ pub(crate) struct Guest {
 
 impl Guest {
     /// A guest of so many pages; its thread writes one every `interval`, if there is any.
-    pub(crate) fn new(pages: u64, interval: Option<Duration>) -> Self {
+    pub fn new(pages: u64, interval: Option<Duration>) -> Self {
         let layout = Layout::new(vec![Region::ram("ram", 0, pages * PAGE)]).expect("one region is a layout");
         let memory = Arc::new(MappedMemory::new(layout.clone(), Backing::Anonymous).expect("there is memory"));
         for page in 0..pages {
@@ -58,15 +59,18 @@ impl Guest {
         Self { shared, log, writer }
     }
 
-    pub(crate) fn runs(&self) -> bool {
+    /// Whether it runs.
+    pub fn runs(&self) -> bool {
         *self.shared.running.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub(crate) fn content(&self) -> Vec<u8> {
+    /// All of its memory.
+    pub fn content(&self) -> Vec<u8> {
         content(&self.shared.memory)
     }
 
-    pub(crate) fn writes(&self) -> u64 {
+    /// Pages written so far: its machine state.
+    pub fn writes(&self) -> u64 {
         self.shared.writes.load(Ordering::SeqCst)
     }
 
@@ -88,6 +92,18 @@ impl Shared {
             drop(running);
             std::thread::sleep(interval);
         }
+    }
+}
+
+impl fmt::Debug for Guest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Guest").field("runs", &self.runs()).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Room {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Room").field("runs", &self.runs).finish_non_exhaustive()
     }
 }
 
@@ -138,15 +154,17 @@ impl SourceVm for Guest {
 
 /// Room for a guest that is to arrive.
 #[derive(Default)]
-pub(crate) struct Room {
+pub struct Room {
     memory: Option<Arc<MappedMemory>>,
-    pub(crate) writes: u64,
-    pub(crate) runs: bool,
+    /// The guest's count of pages written.
+    pub writes: u64,
+    /// Whether it runs here.
+    pub runs: bool,
 }
 
 impl Room {
     /// What has arrived; nothing without memory.
-    pub(crate) fn content(&self) -> Vec<u8> {
+    pub fn content(&self) -> Vec<u8> {
         self.memory.as_deref().map(content).unwrap_or_default()
     }
 }

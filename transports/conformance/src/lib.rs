@@ -7,12 +7,18 @@
 //! pageferry_conformance::suite!(join);
 //! ```
 //!
+//! Where nobody is at the other end until later, as with a file, [`saved_suite!`] takes its place.
+//!
 //! Cases panic where a transport fails, and when something hangs: they are for tests.
 
 pub mod frames;
 mod guest;
 pub mod lanes;
 pub mod migrations;
+pub mod saves;
+
+pub use guest::{Guest, Room};
+pub use saves::Shelf;
 
 use std::fmt;
 use std::io::{self, Write};
@@ -71,6 +77,26 @@ macro_rules! suite {
             a_capped_migration_arrives,
             a_cancelled_guest_stays_and_can_move_again,
             a_cut_lane_leaves_one_owner,
+        );
+    };
+}
+
+/// All cases for transports whose destination comes later, as tests; `$shelf` is a `fn() -> Box<dyn Shelf>` that makes a new,
+/// empty one.
+#[macro_export]
+macro_rules! saved_suite {
+    ($shelf:path) => {
+        $crate::cases!($shelf, saves:
+            a_guest_comes_back_with_every_page_over_as_many_lanes_as_there_are,
+            a_guest_that_writes_comes_back_with_its_last_write,
+            a_capped_save_is_complete,
+            a_cancelled_guest_stays_and_can_be_saved_again,
+            a_cut_lane_leaves_the_guest_or_a_save,
+            a_saved_guest_can_be_restored_twice,
+            a_cancelled_restore_can_be_repeated,
+            a_cut_restore_runs_the_guest_or_says_that_it_does_not,
+            a_guest_of_more_than_one_extent_comes_back,
+            a_full_verification_is_refused,
         );
     };
 }

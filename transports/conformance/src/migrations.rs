@@ -44,9 +44,9 @@ fn join_room(arrived: Arrived) -> (Room, Result<(), Failed>) {
 /// Moves a guest and compares both memories.
 fn moves(joined: &Joined, guest: &mut Guest, config: SourceConfig) {
     let arrived = receive(&joined.acceptor);
-    let report = Source::new(config).run(guest, Arc::clone(&joined.dialer), &Control::new()).expect("it moves");
-    let (room, result) = join_room(arrived);
-    result.expect("it arrives");
+    let moved = Source::new(config).run(guest, Arc::clone(&joined.dialer), &Control::new());
+    let (room, arrival) = join_room(arrived);
+    let (Ok(report), Ok(())) = (&moved, &arrival) else { panic!("it does not move: {moved:?}, {arrival:?}") };
     assert!(room.runs && !guest.runs(), "one side runs it");
     assert!(room.content() == guest.content(), "every byte is the same");
     assert_eq!(room.writes, guest.writes());
@@ -94,6 +94,19 @@ pub fn a_cancelled_guest_stays_and_can_move_again(join: fn() -> Joined) {
     moves(&joined, &mut guest, config(2));
 }
 
+/// For a transport that is about to lose its link for good: the guest never stands still for longer than that takes to notice.
+pub fn a_guest_stays_when_the_link_dies(join: fn() -> Joined) {
+    let joined = join();
+    let mut guest = Guest::new(PAGES, Some(Duration::from_micros(200)));
+    let arrived = receive(&joined.acceptor);
+    let mut slow = config(2);
+    (slow.bandwidth, slow.encode.compress) = (Some(2 << 20), Compress::Off);
+    let result = Source::new(slow).run(&mut guest, Arc::clone(&joined.dialer), &Control::new());
+    assert!(matches!(result, Err(Failed::SourceStillOwns { .. })), "{result:?}");
+    let (room, arrival) = join_room(arrived);
+    assert!(arrival.is_err() && !room.runs && guest.runs());
+}
+
 /// Whatever the moment, and whichever lane: exactly one side has the guest, or both know that they do not know and keep it paused.
 pub fn a_cut_lane_leaves_one_owner(join: fn() -> Joined) {
     // Sent raw at this pace, the guest takes some 700 ms: the last two are cut about its end.
@@ -118,7 +131,7 @@ pub fn a_cut_lane_leaves_one_owner(join: fn() -> Joined) {
 }
 
 /// Ends one of its lanes after a time, as a broken link would.
-struct CuttingDialer {
+pub(crate) struct CuttingDialer {
     dialer: Arc<dyn Dialer>,
     lane: usize,
     after: Duration,
@@ -127,7 +140,7 @@ struct CuttingDialer {
 }
 
 impl CuttingDialer {
-    fn new(dialer: Arc<dyn Dialer>, lane: usize, after: Duration) -> Self {
+    pub(crate) fn new(dialer: Arc<dyn Dialer>, lane: usize, after: Duration) -> Self {
         Self { dialer, lane, after, dialled: AtomicUsize::new(0), cutting: Mutex::default() }
     }
 }
@@ -164,9 +177,9 @@ impl Dialer for CuttingDialer {
 }
 
 /// A lane that was taken apart already.
-struct SplitLane {
-    peer: String,
-    halves: LaneHalves,
+pub(crate) struct SplitLane {
+    pub(crate) peer: String,
+    pub(crate) halves: LaneHalves,
 }
 
 impl Lane for SplitLane {

@@ -10,7 +10,7 @@ use pageferry::transport::{Acceptor, Lane, TransportError};
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::dial::{DialFailure, resolve};
-use crate::lane::SocketLane;
+use crate::lane::{Connection, SocketLane};
 use crate::options::TcpOptions;
 use crate::sys;
 
@@ -51,35 +51,40 @@ impl TcpAcceptor {
         self.local
     }
 
+    /// The next connection, with all options set and not yet a lane: for transports that put something between.
+    pub fn accept_connection(&self, timeout: Duration) -> Result<Option<Connection>, TransportError> {
+        let accept = || self.listener.accept().map(|(socket, address)| self.admit(socket, address.as_socket()));
+        accept_within(timeout, self.listener.as_fd(), accept)
+            .map_err(|source| TransportError::Accept { local: self.local.to_string(), source })
+    }
+
     /// A connection that takes no options is broken already, and nobody's loss.
-    fn admit(&self, socket: Socket, address: Option<SocketAddr>) -> Option<Box<dyn Lane>> {
+    fn admit(&self, socket: Socket, address: Option<SocketAddr>) -> Option<Connection> {
         socket.set_nonblocking(false).ok()?;
         self.options.apply(&socket).ok()?;
-        Some(Box::new(SocketLane::new(socket, canonical(address?).to_string())))
+        Some(Connection { socket, peer: canonical(address?) })
     }
 }
 
 impl Acceptor for TcpAcceptor {
     fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
-        let accept = || self.listener.accept().map(|(socket, address)| self.admit(socket, address.as_socket()));
-        accept_within(timeout, self.listener.as_fd(), accept)
-            .map_err(|source| TransportError::Accept { local: self.local.to_string(), source })
+        Ok(self.accept_connection(timeout)?.map(|connection| Box::new(SocketLane::from(connection)) as Box<dyn Lane>))
     }
 }
 
 /// Waits for the next caller of a listening stream socket of any kind, which must not block. `accept` takes one, and
 /// returns `None` for a caller that is not let in. What goes wrong with a caller, or because the host is short of something, is
 /// waited out; an error is the listener's own.
-pub fn accept_within(
+pub fn accept_within<T>(
     timeout: Duration,
     listener: BorrowedFd<'_>,
-    accept: impl Fn() -> io::Result<Option<Box<dyn Lane>>>,
-) -> io::Result<Option<Box<dyn Lane>>> {
+    accept: impl Fn() -> io::Result<Option<T>>,
+) -> io::Result<Option<T>> {
     let started = Instant::now();
     loop {
         let left = timeout.saturating_sub(started.elapsed());
         match accept() {
-            Ok(Some(lane)) => return Ok(Some(lane)),
+            Ok(Some(caller)) => return Ok(Some(caller)),
             Ok(None) => {}
             Err(error) => match Trouble::of(&error) {
                 Trouble::Nobody => drop(sys::wait_readable(listener, left)?),

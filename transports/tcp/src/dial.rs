@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pageferry::transport::{Dialer, Lane, LaneRole, TransportError};
 use socket2::{Domain, Protocol, Socket, Type};
 
-use crate::lane::SocketLane;
+use crate::lane::{Connection, SocketLane};
 use crate::options::TcpOptions;
 
 /// Opens TCP connections to one destination.
@@ -50,24 +50,34 @@ impl TcpDialer {
         if fitting.is_empty() { Err(DialFailure::Family(source)) } else { Ok(fitting) }
     }
 
-    fn connect_any(&self, timeout: Duration) -> Result<SocketLane, DialFailure> {
+    /// What was dialled, as it was given.
+    pub fn target(&self) -> &str {
+        &self.target
+    }
+
+    /// A connection with all options set and not yet a lane: for transports that put something between.
+    pub fn connect(&self, timeout: Duration) -> Result<Connection, TransportError> {
+        self.connect_any(timeout).map_err(|failure| match failure {
+            DialFailure::Option(error) => *error,
+            failure => TransportError::Dial { peer: self.target.clone(), source: failure.into() },
+        })
+    }
+
+    fn connect_any(&self, timeout: Duration) -> Result<Connection, DialFailure> {
         let started = Instant::now();
         let addresses = self.addresses()?;
         let mut failures = Vec::new();
         for (index, address) in addresses.iter().enumerate() {
             let share = timeout.saturating_sub(started.elapsed()) / (addresses.len() - index) as u32;
-            match self.connect(*address, share.max(Duration::from_millis(1))) {
-                Ok(socket) => {
-                    let reached = self.reached.get_or_init(|| *address);
-                    return Ok(SocketLane::new(socket, reached.to_string()));
-                }
+            match self.connect_to(*address, share.max(Duration::from_millis(1))) {
+                Ok(socket) => return Ok(Connection { socket, peer: *self.reached.get_or_init(|| *address) }),
                 Err(failure) => failures.push(failure),
             }
         }
         Err(DialFailure::one_of(failures))
     }
 
-    fn connect(&self, address: SocketAddr, timeout: Duration) -> Result<Socket, DialFailure> {
+    fn connect_to(&self, address: SocketAddr, timeout: Duration) -> Result<Socket, DialFailure> {
         let local = |source| DialFailure::Local { address, source };
         let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP)).map_err(local)?;
         self.options.bind_interface(&socket)?;
@@ -87,11 +97,7 @@ impl TcpDialer {
 
 impl Dialer for TcpDialer {
     fn dial(&self, _role: LaneRole, timeout: Duration) -> Result<Box<dyn Lane>, TransportError> {
-        match self.connect_any(timeout) {
-            Ok(lane) => Ok(Box::new(lane)),
-            Err(DialFailure::Option(error)) => Err(*error),
-            Err(failure) => Err(TransportError::Dial { peer: self.target.clone(), source: failure.into() }),
-        }
+        Ok(Box::new(SocketLane::from(self.connect(timeout)?)))
     }
 }
 

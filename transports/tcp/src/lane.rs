@@ -6,7 +6,7 @@
 //! VMM that left the signal at its default.
 
 use std::io::{self, IoSlice};
-use std::net::Shutdown;
+use std::net::{Shutdown, SocketAddr};
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::sync::Arc;
 
@@ -92,13 +92,28 @@ impl From<LaneFailure> for io::Error {
     }
 }
 
-/// Puts the host's error into words where it has none of its own.
-fn explain(error: io::Error) -> io::Error {
+/// Puts what the host said about a connected socket into words, where it has none that a user would understand.
+pub fn explain(error: io::Error) -> io::Error {
     use io::ErrorKind::{BrokenPipe, ConnectionReset, HostUnreachable, NetworkUnreachable, TimedOut};
     match error.kind() {
         BrokenPipe | ConnectionReset => LaneFailure::Reset(error).into(),
         HostUnreachable | NetworkUnreachable | TimedOut => LaneFailure::Dead(error).into(),
         _ => error,
+    }
+}
+
+/// A connected TCP socket that blocks.
+#[derive(Debug)]
+pub struct Connection {
+    /// The socket.
+    pub socket: Socket,
+    /// The other end.
+    pub peer: SocketAddr,
+}
+
+impl From<Connection> for SocketLane {
+    fn from(Connection { socket, peer }: Connection) -> Self {
+        Self::new(socket, peer.to_string())
     }
 }
 

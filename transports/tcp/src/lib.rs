@@ -17,5 +17,5 @@ mod sys;
 
 pub use accept::{BindFailure, TcpAcceptor, accept_within};
 pub use dial::{DialFailure, TcpDialer};
-pub use lane::{LaneFailure, lane_from_fd, lane_over};
+pub use lane::{Connection, LaneFailure, explain, lane_from_fd, lane_over};
 pub use options::TcpOptions;

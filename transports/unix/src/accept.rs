@@ -11,6 +11,7 @@ use pageferry::transport::{Acceptor, Capabilities, Lane, TransportError};
 use pageferry_tcp::accept_within;
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::descriptors::{Descriptors, TakingLane};
 use crate::{UnixFailure, admit, capabilities};
 
 /// Connections that may wait to be accepted: all lanes of the largest migration at once.
@@ -23,6 +24,7 @@ pub struct UnixAcceptor {
     path: PathBuf,
     /// Device and inode of the socket: what is there at the end may be somebody else's.
     file: (u64, u64),
+    descriptors: Descriptors,
 }
 
 impl UnixAcceptor {
@@ -32,9 +34,21 @@ impl UnixAcceptor {
         let path = path.into();
         let refuse = |source| TransportError::Accept { local: path.display().to_string(), source };
         match listen(&path) {
-            Ok((listener, file)) => Ok(Self { listener, path, file }),
+            Ok((listener, file)) => Ok(Self { listener, path, file, descriptors: Descriptors::default() }),
             Err(source) => Err(refuse(source)),
         }
+    }
+
+    /// What callers bring beside their first frame.
+    pub fn descriptors(&self) -> Descriptors {
+        self.descriptors.clone()
+    }
+
+    /// A caller that is not let in is broken already, and nobody's loss.
+    fn admit(&self, socket: Socket) -> Option<Box<dyn Lane>> {
+        let own = socket.as_fd().try_clone_to_owned().ok()?;
+        let lane = admit(socket, &self.path).ok()?;
+        Some(Box::new(TakingLane { lane, socket: own, descriptors: self.descriptors() }))
     }
 
     /// Where it listens.
@@ -54,7 +68,7 @@ impl Drop for UnixAcceptor {
 
 impl Acceptor for UnixAcceptor {
     fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
-        let accept = || self.listener.accept().map(|(socket, _)| admit(socket, &self.path).ok());
+        let accept = || self.listener.accept().map(|(socket, _)| self.admit(socket));
         accept_within(timeout, self.listener.as_fd(), accept)
             .map_err(|source| TransportError::Accept { local: self.path.display().to_string(), source })
     }

@@ -1,12 +1,15 @@
 //! The dialling end.
 
 use std::io;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use pageferry::transport::{Capabilities, Dialer, Lane, LaneRole, TransportError};
 use socket2::{Domain, SockAddr, Socket, Type};
 
+use crate::descriptors::GivingLane;
 use crate::{UnixFailure, admit, capabilities};
 
 /// How often a listener whose queue is full is asked again.
@@ -16,15 +19,33 @@ const RETRY: Duration = Duration::from_millis(5);
 #[derive(Clone, Debug)]
 pub struct UnixDialer {
     path: PathBuf,
+    descriptors: Arc<Vec<OwnedFd>>,
 }
 
 impl UnixDialer {
     /// Dials whoever listens at this path.
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into() }
+        Self { path: path.into(), descriptors: Arc::default() }
     }
 
-    fn connect(&self, timeout: Duration) -> io::Result<Box<dyn Lane>> {
+    /// Hands these over with the first frame of the control lane, at most [`MAX_DESCRIPTORS`](crate::MAX_DESCRIPTORS). The
+    /// listener gets descriptors of its own; these stay open as long as the dialer.
+    #[must_use]
+    pub fn with_descriptors(mut self, descriptors: Vec<OwnedFd>) -> Self {
+        self.descriptors = Arc::new(descriptors);
+        self
+    }
+
+    fn admit(&self, socket: Socket, role: LaneRole) -> io::Result<Box<dyn Lane>> {
+        if role != LaneRole::Control || self.descriptors.is_empty() {
+            return admit(socket, &self.path);
+        }
+        let own = socket.as_fd().try_clone_to_owned()?;
+        let lane = admit(socket, &self.path)?;
+        Ok(Box::new(GivingLane { lane, socket: own, descriptors: Arc::clone(&self.descriptors) }))
+    }
+
+    fn connect(&self, role: LaneRole, timeout: Duration) -> io::Result<Box<dyn Lane>> {
         let address =
             SockAddr::unix(&self.path).map_err(|source| UnixFailure::Path { path: self.path.clone(), source })?;
         let socket = Socket::new(Domain::UNIX, Type::STREAM, None)?;
@@ -33,7 +54,7 @@ impl UnixDialer {
         let started = Instant::now();
         loop {
             let error = match socket.connect(&address) {
-                Ok(()) => return admit(socket, &self.path),
+                Ok(()) => return self.admit(socket, role),
                 Err(error) => error,
             };
             match error.kind() {
@@ -50,8 +71,9 @@ impl UnixDialer {
 }
 
 impl Dialer for UnixDialer {
-    fn dial(&self, _role: LaneRole, timeout: Duration) -> Result<Box<dyn Lane>, TransportError> {
-        self.connect(timeout).map_err(|source| TransportError::Dial { peer: self.path.display().to_string(), source })
+    fn dial(&self, role: LaneRole, timeout: Duration) -> Result<Box<dyn Lane>, TransportError> {
+        self.connect(role, timeout)
+            .map_err(|source| TransportError::Dial { peer: self.path.display().to_string(), source })
     }
 
     fn capabilities(&self) -> Capabilities {

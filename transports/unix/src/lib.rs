@@ -3,12 +3,17 @@
 //! The destination listens with a [`UnixAcceptor`] on a path, the source dials it with a [`UnixDialer`]. Only
 //! processes of the same user, and root's, are let in: the kernel says whose a socket is, so nobody has to
 //! prove anything, and nothing leaves the host.
+//!
+//! Beside frames a lane can carry descriptors, such as those of a guest's memory: a source that is replaced by another process of
+//! its host ([`UnixDialer::with_descriptors`], [`UnixAcceptor::descriptors`]) then has nothing to copy.
 #![deny(unsafe_code)]
 
 mod accept;
+mod descriptors;
 mod dial;
 
 pub use accept::UnixAcceptor;
+pub use descriptors::{DescriptorFailure, DescriptorId, Descriptors, MAX_DESCRIPTORS};
 pub use dial::UnixDialer;
 
 use std::io;

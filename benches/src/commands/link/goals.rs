@@ -12,6 +12,8 @@ pub(super) enum Quantity {
     LeastSeconds(Vec<Key>),
     /// What the bytes of a migration take at iperf3's speed.
     WireSeconds(Key),
+    /// What so many bytes take at iperf3's speed over this link.
+    CopySeconds(String, u64),
     /// Median of bytes on the wire.
     Wire(Key),
     /// The strongest throttle in any turn.
@@ -33,6 +35,7 @@ impl Quantity {
                 all.filter(|seconds| !seconds.is_nan()).fold(f64::NAN, f64::min)
             }
             Self::WireSeconds(key) => runs.wire_seconds(key),
+            Self::CopySeconds(rate, bytes) => *bytes as f64 / runs.goodput(rate),
             Self::Wire(key) => runs.converged_median(key, wire_bytes),
             Self::Throttle(key) => runs.most(key, |moved| moved.throttle_percent),
             Self::SourceMemory(key) => runs.most(key, |moved| beside(&moved.source)),

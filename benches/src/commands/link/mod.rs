@@ -156,6 +156,7 @@ impl Plan {
             Some(Preset::Fewbytes) => "link-fewbytes",
             Some(Preset::Auto) => "link-auto",
             Some(Preset::Memory) => "link-memory",
+            Some(Preset::Transports) => "link-transports",
         }
     }
 

@@ -21,6 +21,8 @@ pub(super) enum Preset {
     Fewbytes,
     /// Whether `--compress auto` finds what is best on each link
     Auto,
+    /// What the transports make of a link when nothing can be packed
+    Transports,
     /// Whether both sides keep to the memory that the engine says it takes beside the guest's (see also `--size`)
     Memory,
 }
@@ -52,6 +54,11 @@ impl Preset {
             Self::Bytes => Defaults { rates: &["100mbit"], guests: &["mix", "random"], qemu: ZSTD, ..PLAIN },
             Self::Gigabit => Defaults { qemu: ZSTD, ..PLAIN },
             Self::Fewbytes => Defaults { rates: &["100mbit"], guests: &["idle", "few20"], ..PLAIN },
+            Self::Transports => Defaults {
+                guests: &["random"],
+                ours: &["tcp", "tls=tls://", "quic=quic://", "two-lanes=--lanes 2"],
+                ..PLAIN
+            },
             Self::Memory => Defaults { guests: &["few20"], ..PLAIN },
             Self::Auto => Defaults {
                 rates: &["50mbit", "100mbit", "1gbit", "unshaped"],
@@ -81,6 +88,7 @@ impl Preset {
             Self::Fewbytes => case.each_of_ours(|ours| case.few_bytes(ours)),
             Self::Auto => case.auto(),
             Self::Memory => case.memory(),
+            Self::Transports => case.each_of_ours(|ours| case.transports(ours)),
         }
     }
 
@@ -156,6 +164,15 @@ impl Case<'_> {
             goals.push(Goal::at_least(name, Quantity::Seconds(qemu), Quantity::Seconds(key), 2.0));
         }
         goals
+    }
+
+    /// A link carries at least 0.93 of what a plain copy gets through it.
+    fn transports(&self, ours: &str) -> Vec<Goal> {
+        if self.subject.memory != Memory::Random {
+            return Vec::new();
+        }
+        let (key, copy) = (self.key(ours), Quantity::CopySeconds(self.rate.clone(), self.subject.bytes));
+        vec![Goal::at_least(format!("{key}: of the plain copy's speed"), copy, Quantity::Seconds(key), 0.93)]
     }
 
     fn few_bytes(&self, ours: &str) -> Vec<Goal> {

@@ -72,7 +72,8 @@ impl Runs {
         self.of(key).iter().map(part).max_by(f64::total_cmp).unwrap_or(f64::NAN)
     }
 
-    fn goodput(&self, rate: &str) -> f64 {
+    /// Bytes per second of a plain copy.
+    pub(super) fn goodput(&self, rate: &str) -> f64 {
         self.goodputs.iter().find(|(found, _)| found == rate).map_or(f64::NAN, |(_, values)| median(values))
     }
 

@@ -17,6 +17,7 @@ use crate::host::{Control, Joiner, ThreadRole};
 use crate::limits::{EVENT_QUEUE, FAREWELL, HEARTBEAT};
 use crate::memory::GuestMemory;
 
+use crate::memory::{Region, Transfer};
 use crate::session::{DestinationAction, DestinationInput, DestinationSession, LaneKey, Outcome, Phase};
 use crate::stats::Report;
 use crate::transport::{Acceptor, LaneCloser, TransportError};
@@ -216,6 +217,11 @@ impl<'a> Driver<'a> {
 
     pub(super) fn make_room(&mut self, offer: &Offer) {
         self.run = offer.run;
+        let shared = |region: &Region| region.transfer == Transfer::Shared;
+        if offer.layout.regions().iter().any(shared) && !self.vm.takes_shared_memory() {
+            let reason = "the source hands its memory over instead of sending it, and this destination cannot take it";
+            return self.tell(DestinationInput::RoomRefused(reason.to_owned()));
+        }
         match self.vm.prepare(&offer.config, &offer.layout) {
             Ok(memory) if memory.layout().is_same_memory(&offer.layout) => {
                 let exposed = match self.expose(&memory) {

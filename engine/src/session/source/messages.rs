@@ -40,6 +40,10 @@ impl SourceSession {
             (State::AwaitRunning | State::Settling, Message::Running { resume_us }) => self.handed_over(now, resume_us),
             (State::AwaitRunning | State::Settling, Message::Settled(Owner::Destination)) => self.handed_over(now, 0),
             (State::AwaitRunning | State::Settling, Message::Settled(Owner::Source)) => self.given_back(),
+            // It decides nothing any more, but says why, should the guest come back.
+            (State::AwaitRunning | State::Settling, Message::Abort { reason }) => {
+                self.settle_error = Some(Error::PeerAborted { peer: self.peer.clone(), reason });
+            }
             // Not before Commit: afterwards only Settled and Running decide.
             (State::AwaitRunning | State::Settling, _) => {}
             (_, Message::Settled(Owner::Source)) => {

@@ -41,6 +41,7 @@ Exit codes:
   5  the guest found a wrong page in its memory, did not answer, or has ended
   6  the guest runs at the destination, but something failed after that
   7  the guest or the listener could not be set up; nothing was tried
+To `migrate save` the file is the destination, to `migrate restore` the source.
 
 The first Ctrl-C cancels a running migration and the guest runs on at the source; the next one ends the program.";
 

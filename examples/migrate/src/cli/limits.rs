@@ -45,12 +45,22 @@ pub(crate) struct Lane {
     /// Connections that carry pages
     #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u16).range(1..=128), default_value = "1")]
     pub(crate) lanes: u16,
-    /// Address to connect from
-    #[arg(long, value_name = "ADDR")]
-    pub(crate) bind: Option<IpAddr>,
+    /// Address to connect from; with several paths one for each, with commas between
+    #[arg(long, value_name = "ADDR", value_delimiter = ',')]
+    pub(crate) bind: Vec<IpAddr>,
+    /// Name to expect in the destination's certificate, if it is not the host's
+    #[arg(long, value_name = "NAME", help_heading = "Security")]
+    pub(crate) tls_name: Option<String>,
     /// Network interface to connect through, such as a dedicated migration network's
     #[arg(long, value_name = "NAME")]
     pub(crate) interface: Option<String>,
+}
+
+impl Lane {
+    /// Whether it leaves to the host which network is taken.
+    pub(crate) fn names_no_network(&self) -> bool {
+        self.bind.is_empty() && self.interface.is_none()
+    }
 }
 
 /// What happens when the time is up.

@@ -1,17 +1,23 @@
-//! The command line: `migrate demo`, `migrate receive`, `migrate send`, `migrate export`.
+//! The command line: `migrate demo`, `migrate receive`, `migrate send`, `migrate save`, `migrate restore`, `migrate export`.
 
 mod address;
+mod demo;
 mod encoding;
 mod exit;
+mod file;
 mod guest;
 mod limits;
+mod security;
 pub(crate) mod units;
 
-pub(crate) use address::Address;
+pub(crate) use address::{Address, NetAddress, Scheme};
+pub(crate) use demo::DemoTransport;
 pub(crate) use encoding::Encoding;
 pub(crate) use exit::ExitStatus;
+pub(crate) use file::{RestoreOptions, SaveOptions};
 pub(crate) use guest::{Backing, GuestKind, GuestOptions};
-pub(crate) use limits::{Lane, Limits};
+pub(crate) use limits::{Lane, Limits, Verify};
+pub(crate) use security::Security;
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -41,6 +47,12 @@ pub(crate) enum Command {
     /// Starts a guest and moves it to where `migrate receive` listens.
     #[command(after_help = SEND_EXAMPLES, after_long_help = examples_and_exit(SEND_EXAMPLES))]
     Send(Box<SendOptions>),
+    /// Starts a guest and saves it to a file, where it ends; `migrate restore` goes on with it.
+    #[command(after_help = file::SAVE_EXAMPLES, after_long_help = examples_and_exit(file::SAVE_EXAMPLES))]
+    Save(Box<SaveOptions>),
+    /// Goes on with a guest that `migrate save` has put into a file.
+    #[command(after_help = file::RESTORE_EXAMPLES, after_long_help = examples_and_exit(file::RESTORE_EXAMPLES))]
+    Restore(RestoreOptions),
     /// Writes the built-in guest's program or its memory to a file, for another machine to run or to move.
     #[command(after_help = EXPORT_EXAMPLES, after_long_help = examples_and_exit(EXPORT_EXAMPLES))]
     Export(Box<ExportOptions>),
@@ -52,23 +64,27 @@ Examples:
   migrate demo --memory 4G --rate 200M/s --writes full --lanes 4
   migrate demo --bandwidth 1Gbit/s --verify full    as over a 1 Gbps link, every page hashed again
   migrate demo --compress off --delta-cache 0 --no-duplicates    every page with content sent whole
+  migrate demo --transport quic                     or tls, unix, paths: everything but plain TCP
   migrate demo --guest process --json               without KVM; the report as the last line
   migrate demo --image memory.img --verify full     the memory of another machine, dumped to a file";
 
 const RECEIVE_EXAMPLES: &str = "\
 Examples:
-  migrate receive --listen 0.0.0.0:7000
+  migrate receive --listen 0.0.0.0:7000                     encrypted; prints what the sender needs
+  migrate receive --listen tls://0.0.0.0:7000 --tls-dir /etc/pageferry
+  migrate receive --listen 10.0.1.7:7000,10.0.2.7:7000      two paths: goes on when one dies
   migrate receive --listen unix:/run/guest.sock
   migrate receive --listen [::1]:7000 --max-memory 4G --linger 10s --json";
 
 const SEND_EXAMPLES: &str = "\
 Examples:
-  migrate send --to 192.0.2.7:7000 --memory 4G --vcpus 4
-  migrate send --to 192.0.2.7:7000 --on-key --bind 192.0.2.6 --lanes 4
-  migrate send --to 192.0.2.7:7000 --encoders 4 --encoder-nice 10 --delta-cache 1G
+  migrate send --to tls://192.0.2.7:7000/pair-... --memory 4G --vcpus 4    as `migrate receive` has printed it
+  migrate send --to tls://host:7000 --tls-dir /etc/pageferry --on-key --bind 192.0.2.6 --lanes 4
+  migrate send --to tcp://192.0.2.7:7000 --insecure-plaintext --encoders 4 --encoder-nice 10 --delta-cache 1G
   migrate send --to [::1]:7000 --on-signal --linger 5s --json
   migrate send --to unix:/run/guest.sock                    to another process of this host
-  migrate send --to 192.0.2.7:7000 --kernel vmlinux --initrd initramfs.cpio --memory 256M";
+  migrate send --to unix:/run/guest.sock --backing memfd --hand-over-memory    and nothing is copied
+  migrate send --to 127.0.0.1:7000 --kernel vmlinux --initrd initramfs.cpio --memory 256M";
 
 const EXPORT_EXAMPLES: &str = "\
 Examples:
@@ -93,6 +109,9 @@ pub(crate) struct DemoOptions {
     pub(crate) lane: Lane,
     #[command(flatten)]
     pub(crate) encoding: Encoding,
+    /// What the pages travel by
+    #[arg(long, value_name = "TRANSPORT", value_enum, default_value_t, help_heading = "Network")]
+    pub(crate) transport: DemoTransport,
     #[command(flatten)]
     pub(crate) output: Output,
     /// How long the guest runs before it is moved, its memory filled
@@ -113,9 +132,13 @@ pub(crate) struct DemoOptions {
 /// `migrate receive`.
 #[derive(Args, Debug)]
 pub(crate) struct ReceiveOptions {
-    /// Where to listen; port 0 takes a free one and says which
-    #[arg(long, value_name = "ADDR:PORT|unix:PATH")]
+    /// Where to listen: ADDR:PORT, tls://ADDR:PORT, quic://ADDR:PORT, tcp://ADDR:PORT or unix:PATH; several network
+    /// addresses, with commas between, are several paths. Port 0 takes a free one. Without a scheme: TCP within this
+    /// host, TLS for others
+    #[arg(long, value_name = "ADDRESS")]
     pub(crate) listen: Address,
+    #[command(flatten)]
+    pub(crate) security: Security,
     /// Network interface to listen on, such as a dedicated migration network's
     #[arg(long, value_name = "NAME", help_heading = "Network")]
     pub(crate) interface: Option<String>,
@@ -153,9 +176,15 @@ pub(crate) struct ReceiveOptions {
 /// `migrate send`.
 #[derive(Args, Debug)]
 pub(crate) struct SendOptions {
-    /// Where the destination listens
-    #[arg(long, value_name = "HOST:PORT|unix:PATH")]
+    /// Where the destination listens: the address that it has printed
+    #[arg(long, value_name = "ADDRESS")]
     pub(crate) to: Address,
+    /// Hand the guest's memory over instead of copying it, to a receiver on this host: to replace this process while the
+    /// guest lives on. Needs --to unix:PATH and --backing memfd
+    #[arg(long)]
+    pub(crate) hand_over_memory: bool,
+    #[command(flatten)]
+    pub(crate) security: Security,
     #[command(flatten)]
     pub(crate) moment: Moment,
     #[command(flatten)]

@@ -3,7 +3,7 @@
 use std::io;
 use std::sync::Arc;
 
-use pageferry::memory::{GuestMemory, Layout};
+use pageferry::memory::{GuestMemory, Layout, MappedMemory};
 use pageferry::vm::{DestinationVm, VmResult};
 use pageferry_kvm::{Host, MachineConfig};
 
@@ -23,6 +23,8 @@ pub(crate) struct ArrivalConfig {
     pub(crate) backing: Option<GuestBacking>,
     /// Touch all memory before the first page comes.
     pub(crate) prefault: bool,
+    /// Memory that was handed over: the source's until `commit`, and not touched before.
+    pub(crate) memory: Option<Arc<MappedMemory>>,
     /// Where the guest's console leads from here on.
     pub(crate) console: ConsoleEnds,
 }
@@ -32,12 +34,16 @@ pub(crate) struct ArrivalConfig {
 pub(crate) struct ArrivingGuest {
     config: ArrivalConfig,
     pc: Option<Pc>,
+    /// The state of a guest whose memory was handed over. KVM may write memory when it takes over a state, and must not yet.
+    waiting: Option<State>,
+    handed_over: bool,
 }
 
 impl ArrivingGuest {
     /// An empty place.
     pub(crate) fn new(config: ArrivalConfig) -> Self {
-        Self { config, pc: None }
+        let handed_over = config.memory.is_some();
+        Self { config, pc: None, waiting: None, handed_over }
     }
 
     /// Shows the guest, once there is one.
@@ -62,8 +68,13 @@ impl ArrivingGuest {
             return Err(MachineError::invalid("memory layout", &"it is not one of this program's"));
         }
         let backing = self.config.backing.unwrap_or(description.kind.backing);
-        room::check(description.ram_bytes, backing.into(), self.config.allowance)?;
-        let memory = map_memory(expected, backing, self.config.prefault)?;
+        let memory = match self.config.memory.take() {
+            Some(memory) => memory,
+            None => {
+                room::check(description.ram_bytes, backing.into(), self.config.allowance)?;
+                map_memory(expected, backing, self.config.prefault)?
+            }
+        };
         let kind = Kind { backing, ..description.kind };
         Pc::new(&host, machine, memory, kind, std::mem::take(&mut self.config.console))
     }
@@ -83,11 +94,19 @@ impl DestinationVm for ArrivingGuest {
 
     fn load(&mut self, state: &mut dyn io::Read) -> VmResult<()> {
         let state = State::read(state)?;
+        if self.handed_over {
+            self.waiting = Some(state);
+            return Ok(());
+        }
         Ok(self.pc()?.load(state)?)
     }
 
     fn commit(&mut self, run: bool) -> VmResult<()> {
+        let waiting = self.waiting.take();
         let pc = self.pc()?;
+        if let Some(state) = waiting {
+            pc.load(state)?;
+        }
         if run {
             pc.resume()?;
         }
@@ -95,6 +114,6 @@ impl DestinationVm for ArrivingGuest {
     }
 
     fn abort(&mut self) {
-        self.pc = None;
+        (self.pc, self.waiting) = (None, None);
     }
 }

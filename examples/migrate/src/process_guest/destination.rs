@@ -4,7 +4,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
-use pageferry::memory::{Backing, GuestMemory, Layout};
+use pageferry::memory::{Backing, GuestMemory, Layout, MappedMemory};
 use pageferry::vm::{DestinationVm, VmResult};
 
 use super::ProcessGuestError;
@@ -20,6 +20,8 @@ use crate::workload::params::Params;
 pub(crate) struct ArrivingProcessGuest {
     backing: Backing,
     prefault: bool,
+    /// Memory that was handed over.
+    given: Option<Arc<MappedMemory>>,
     prepared: Option<(Ram, Params, Option<Vec<u128>>)>,
     /// The guest's threads: held from `load` to `commit`.
     vcpus: Option<Vcpus>,
@@ -29,7 +31,12 @@ pub(crate) struct ArrivingProcessGuest {
 impl ArrivingProcessGuest {
     /// A place whose memory will be backed like this, and touched at once if `prefault`.
     pub(crate) fn new(backing: Backing, prefault: bool) -> Self {
-        Self { backing, prefault, prepared: None, vcpus: None, running: false }
+        Self { backing, prefault, given: None, prepared: None, vcpus: None, running: false }
+    }
+
+    /// A place whose memory is there already, and the source's until `commit`.
+    pub(crate) fn with_memory(memory: Arc<MappedMemory>) -> Self {
+        Self { given: Some(memory), ..Self::new(Backing::Memfd, false) }
     }
 
     fn here(&self) -> Result<&Vcpus, ProcessGuestError> {
@@ -40,7 +47,10 @@ impl ArrivingProcessGuest {
 impl DestinationVm for ArrivingProcessGuest {
     fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
         let (params, image) = Description::read(config)?;
-        let ram = Ram::map(layout.clone(), self.backing)?;
+        let ram = match self.given.take() {
+            Some(memory) => Ram::of(memory)?,
+            None => Ram::map(layout.clone(), self.backing)?,
+        };
         if self.prefault {
             ram.prefault()?;
         }

@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 use std::ops::Range;
+use std::os::fd::BorrowedFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pageferry::memory::{GuestMemory, Layout, MemoryError, RegionId, Window};
@@ -59,6 +60,10 @@ unsafe impl GuestMemory for TrackedMemory {
 
     fn window(&self, region: RegionId) -> Option<Window> {
         self.memory.window(region)
+    }
+
+    fn file(&self, region: RegionId) -> Option<BorrowedFd<'_>> {
+        self.memory.file(region)
     }
 
     fn populated(&self, region: RegionId) -> Option<Vec<Range<u64>>> {

@@ -26,19 +26,19 @@ impl Ram {
 
     /// Maps memory of a layout made by [`layout`](Self::layout), here or at the source.
     pub(super) fn map(layout: Layout, backing: Backing) -> Result<Self, ProcessGuestError> {
-        let bytes = match layout.regions() {
-            [only] if only.guest_address == 0 => only.len,
-            _ => {
-                let why = "its memory is not one region from address 0".to_owned();
-                return Err(ProcessGuestError::Invalid { what: "layout", why });
-            }
-        };
+        let bytes = bytes_of(&layout)?;
         let hint = match backing {
             Backing::HugePages2M => "; reserve huge pages in /proc/sys/vm/nr_hugepages, and use whole 2 MiB pages",
             _ => "",
         };
         let mapped = MappedMemory::new(layout, backing);
         Ok(Self(Arc::new(mapped.map_err(|source| ProcessGuestError::Map { bytes, source, hint })?)))
+    }
+
+    /// Takes memory that is there already.
+    pub(super) fn of(memory: Arc<MappedMemory>) -> Result<Self, ProcessGuestError> {
+        bytes_of(memory.layout())?;
+        Ok(Self(memory))
     }
 
     /// Touches all of it.
@@ -74,5 +74,16 @@ impl Ram {
         // SAFETY: inside the window (asserted above), which is mapped, readable and writable while
         // `self` lives; a page's address is a multiple of 4096.
         unsafe { LivePage::new(window.start.as_ptr().add(page as usize * PAGE_SIZE)) }
+    }
+}
+
+/// Bytes of a guest's only region.
+fn bytes_of(layout: &Layout) -> Result<u64, ProcessGuestError> {
+    match layout.regions() {
+        [only] if only.guest_address == 0 => Ok(only.len),
+        _ => {
+            let why = "its memory is not one region from address 0".to_owned();
+            Err(ProcessGuestError::Invalid { what: "layout", why })
+        }
     }
 }

@@ -10,8 +10,8 @@ use crate::report::{RoundLine, ms};
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub(crate) enum JsonEvent {
-    /// The destination can be reached now.
-    Listening { address: String },
+    /// The destination can be reached now, by a sender that is told what to `connect` to: it may hold a secret.
+    Listening { address: String, connect: String },
     /// Something the operator should know.
     Note { text: String },
     /// A line that the guest printed on its console.
@@ -87,7 +87,7 @@ mod tests {
     fn every_line_is_an_object_with_its_event_and_comes_back() {
         let progress = ProgressLine::new(&Progress::default(), None);
         for event in [
-            JsonEvent::Listening { address: "127.0.0.1:1".to_owned() },
+            JsonEvent::Listening { address: "127.0.0.1:1".to_owned(), connect: "127.0.0.1:1".to_owned() },
             JsonEvent::Paused,
             JsonEvent::Throttled { percent: 20 },
             JsonEvent::Progress(progress),

@@ -62,10 +62,14 @@ impl Screen {
         self.lock().show(&JsonEvent::Note { text: text.to_owned() }, text);
     }
 
-    /// Says where this side listens.
-    pub(crate) fn listening(&self, address: &str) {
-        let text = format!("listening on {address}");
-        self.lock().show(&JsonEvent::Listening { address: address.to_owned() }, &text);
+    /// Says where this side listens, and what a sender is to be given.
+    pub(crate) fn listening(&self, address: &str, connect: &str) {
+        let mut text = format!("listening on {address}");
+        if connect != address {
+            text += &format!("; encrypted, for one sender that is given this:\n  migrate send --to {connect}");
+        }
+        let (address, connect) = (address.to_owned(), connect.to_owned());
+        self.lock().show(&JsonEvent::Listening { address, connect }, &text);
     }
 
     /// Shows a line of the guest's console.

@@ -50,6 +50,17 @@ pub(crate) enum Role {
     Send,
     Receive,
     Demo,
+    /// The destination is a file.
+    Save,
+    /// The source is a file.
+    Restore,
+}
+
+impl Role {
+    /// Whether the guest comes here.
+    fn is_destination(self) -> bool {
+        matches!(self, Self::Receive | Self::Restore)
+    }
 }
 
 /// The last line of `--json`. Times are in milliseconds, `null` stands for "not known on this side".
@@ -236,7 +247,7 @@ impl FinalReport {
         };
         let covered = report.stages.pages();
         let pages_heard_of = if covered > 0 { covered } else { report.pages_sent + report.pages_zero };
-        let knows_downtime = role != Role::Receive && !report.downtime.total().is_zero();
+        let knows_downtime = !role.is_destination() && !report.downtime.total().is_zero();
         Self {
             event: ReportTag::Report,
             role,
@@ -272,7 +283,7 @@ impl FinalReport {
 
     /// Adds what the migration took from this side's host.
     pub(crate) fn charge(&mut self, cost: &Cost) {
-        let at_destination = self.role == Role::Receive;
+        let at_destination = self.role.is_destination();
         self.cpu_seconds.of(at_destination).replace(cost.cpu_seconds);
         self.guest_cpu_seconds.of(at_destination).replace(cost.guest_cpu_seconds);
         *self.peak_rss_bytes.of(at_destination) = cost.peak_rss;

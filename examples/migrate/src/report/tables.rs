@@ -3,7 +3,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use super::{FinalReport, Outcome, Owner, RoundLine, stages};
+use super::{FinalReport, Outcome, Owner, Role, RoundLine, stages};
 use crate::cli::units::{show_bytes, show_duration, show_rate};
 
 type Sides = super::PerSide<f64>;
@@ -125,6 +125,10 @@ fn alive(report: &FinalReport) -> Option<String> {
 fn head(report: &FinalReport) -> String {
     let total = show_ms(report.total_ms);
     let owner = match report.owner {
+        Owner::Destination if report.role == Role::Save => "the guest is in the file",
+        Owner::Source if report.role == Role::Restore => "the guest is in the file, as before",
+        Owner::Source if report.role == Role::Save => "the guest is here, and there is no file",
+        Owner::Destination if report.role == Role::Restore => "the guest is here",
         Owner::Source => "the guest is at the source",
         Owner::Destination => "the guest is at the destination",
         Owner::Nobody => "no guest was offered",
@@ -199,7 +203,6 @@ mod tests {
     use pageferry::error::{Error, Failed};
     use pageferry::stats::{Downtime, Report, RoundReport};
 
-    use super::super::Role;
     use super::*;
 
     fn report(rounds: u32) -> FinalReport {

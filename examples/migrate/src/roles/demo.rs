@@ -8,11 +8,13 @@ use std::time::{Duration, Instant};
 
 use crossbeam_channel::{Receiver, RecvTimeoutError, unbounded};
 use pageferry::vm::VmError;
+use pageferry_unix::UnixDialer;
 
 use super::operator::{Operator, Wish};
+use super::save::file_dialer;
 use super::send::{Way, became_ready, migrate};
 use super::{afterwards, ended_early, guests, links, not_started};
-use crate::cli::{Address, DemoOptions, ExitStatus, LingerTime};
+use crate::cli::{Address, Backing, DemoOptions, DemoTransport, ExitStatus, GuestOptions, LingerTime, Security};
 use crate::progress::{JsonEvent, Screen};
 use crate::report::{FinalReport, Owner, Role};
 
@@ -39,24 +41,30 @@ pub(super) fn demo(options: &DemoOptions) -> ExitStatus {
 
 fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     let operator = Operator::listen(false)?;
-    let destination = Destination::start(options)?;
-    let address = destination.address()?;
-    let mut guest = guests::start(&options.guest, screen, false, 2)?;
+    let own = OwnGuest::of(options);
+    let mut way = Route::new(options, &own)?;
+    let mut guest = guests::start(&own.guest, screen, false, if own.hands_over { 1 } else { 2 })?;
     if !became_ready(&mut guest, &operator)? || operator.wait(options.after) == Wish::Stop {
         return Ok(ended_early(screen, Role::Demo));
     }
-    screen.note(&format!("migrating to {address}, another process of this machine"));
+    screen.note(&way.describe());
     let linger = LingerTime::For(options.linger);
-    let way =
-        Way { role: Role::Demo, limits: &options.limits, lane: &options.lane, encoding: &options.encoding, linger };
-    let dialer = links::dialer(&address, &options.lane, options.limits.peer_timeout)?;
-    let mut report = migrate(&mut guest, &dialer, &way, screen, &operator);
+    let DemoOptions { limits, lane, encoding, .. } = options;
+    let dialer = match &way.address {
+        Address::File(file) => file_dialer(file, false, limits)?,
+        Address::Unix(path) if own.hands_over => {
+            Arc::new(UnixDialer::new(path).with_descriptors(guest.hand_memory_over()?))
+        }
+        address => links::dialer(address, lane, &Security::default(), limits.peer_timeout, screen)?,
+    };
+    let how = Way { role: Role::Demo, limits, lane, encoding, linger };
+    let mut report = migrate(&mut guest, &dialer, &how, screen, &operator);
     if report.owner == Owner::Source {
         afterwards::question(&mut guest, &operator, linger, &mut report);
     }
     if report.owner != Owner::Source || screen.was_accepted() {
         let patience = if report.owner == Owner::Destination { options.linger + CHECK } else { WIND_UP };
-        match destination.report(patience, &operator, screen) {
+        match way.arrive(options, &own)?.report(patience, &operator, screen) {
             Some(other) => report.merge_destination(&other),
             None => report.lose_destination(),
         }
@@ -64,9 +72,66 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
     if options.guest.kernel.is_none() {
         report.require_self_check();
     }
-    drop(destination);
     screen.report(&report);
     Ok(report.exit_status())
+}
+
+/// The guest, with the memory that the transport needs.
+struct OwnGuest {
+    guest: GuestOptions,
+    hands_over: bool,
+}
+
+impl OwnGuest {
+    fn of(options: &DemoOptions) -> Self {
+        let (mut guest, hands_over) = (options.guest.clone(), options.transport == DemoTransport::Memfd);
+        if hands_over {
+            guest.backing = Backing::Memfd;
+        }
+        Self { guest, hands_over }
+    }
+}
+
+/// Where the guest goes.
+struct Route {
+    address: Address,
+    /// Nobody yet, if it goes into a file first.
+    destination: Option<Destination>,
+}
+
+impl Route {
+    fn new(options: &DemoOptions, own: &OwnGuest) -> Result<Self, VmError> {
+        if options.transport == DemoTransport::File {
+            return Ok(Self { address: options.transport.listen().parse()?, destination: None });
+        }
+        let destination = Destination::start(options, own)?;
+        Ok(Self { address: destination.address()?, destination: Some(destination) })
+    }
+
+    fn describe(&self) -> String {
+        match &self.address {
+            Address::File(file) => format!("saving to {}, for another process of this machine", file.display()),
+            address => format!("migrating to {address}, another process of this machine"),
+        }
+    }
+
+    /// The process that has the guest now, or is to have it.
+    fn arrive(&mut self, options: &DemoOptions, own: &OwnGuest) -> Result<&Destination, VmError> {
+        match &mut self.destination {
+            Some(destination) => Ok(destination),
+            empty => Ok(empty.insert(Destination::start(options, own)?)),
+        }
+    }
+}
+
+impl Drop for Route {
+    fn drop(&mut self) {
+        self.destination = None;
+        if let Address::File(file) = &self.address {
+            // It was for this run only, and is not there if the guest was not saved.
+            let _ = std::fs::remove_file(file);
+        }
+    }
 }
 
 /// The other process.
@@ -82,14 +147,14 @@ enum Line {
 }
 
 impl Destination {
-    fn start(options: &DemoOptions) -> io::Result<Self> {
+    fn start(options: &DemoOptions, own: &OwnGuest) -> io::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["receive", "--listen", "127.0.0.1:0", "--json"]);
+        command.args(["receive", "--listen", &options.transport.listen(), "--json"]);
         command.args(["--with-parent", &std::process::id().to_string()]);
         command.args(["--linger", &milliseconds(options.linger), "--wait", "1h"]);
         command.args(["--peer-timeout", &milliseconds(options.limits.peer_timeout)]);
         command.args(["--settle-window", &milliseconds(options.limits.settle_window)]);
-        command.args(["--backing", options.guest.backing.name()]);
+        command.args(["--backing", own.guest.backing.name()]);
         if options.guest.overcommit {
             command.arg("--overcommit");
         }
@@ -113,7 +178,7 @@ impl Destination {
     fn address(&self) -> Result<Address, VmError> {
         loop {
             match self.lines.recv_timeout(START) {
-                Ok(Line::Event(JsonEvent::Listening { address })) => return Ok(address.parse()?),
+                Ok(Line::Event(JsonEvent::Listening { connect, .. })) => return Ok(connect.parse()?),
                 Ok(Line::Event(_)) => {}
                 Ok(Line::Report(report)) => return Err(report.error.unwrap_or_default().into()),
                 Err(RecvTimeoutError::Timeout) => return Err("the destination process does not listen".into()),

@@ -4,18 +4,20 @@
 //! needs no option to know what will arrive.
 
 use std::borrow::Cow;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Weak};
 use std::time::Duration;
 use std::{fs, io};
 
 use pageferry::dirty::DirtySource;
-use pageferry::memory::{GuestMemory, Layout};
+use pageferry::memory::{GuestMemory, Layout, MappedMemory};
 use pageferry::vm::{DestinationVm, SourceVm, Step, VmError, VmResult};
 use pageferry_kvm::DirtyLogMode;
+use pageferry_unix::Descriptors;
 
 use super::console;
+use super::handover::{self, NothingToTrack, SharedView};
 use crate::cli::units::{show_bytes, show_count};
 use crate::cli::{Backing, GuestKind, GuestOptions};
 use crate::guest::{DestinationGuest, Guest, SelfCheck, SourceGuest};
@@ -96,6 +98,30 @@ impl From<Backing> for GuestBacking {
 pub(crate) struct AnySource {
     kind: Kind,
     guest: Box<dyn SourceGuest>,
+    handing_over: Option<HandingOver>,
+}
+
+/// What becomes of a guest whose memory is handed over.
+struct HandingOver {
+    /// What the description begins with.
+    names: Vec<u8>,
+    memory: Arc<SharedView>,
+    tracker: NothingToTrack,
+}
+
+impl AnySource {
+    fn new(kind: Kind, guest: impl SourceGuest + 'static) -> Self {
+        Self { kind, guest: Box::new(guest), handing_over: None }
+    }
+
+    /// From now on the guest's memory is handed over when it migrates. Returns the descriptors that must reach the destination.
+    pub(super) fn hand_memory_over(&mut self) -> VmResult<Vec<OwnedFd>> {
+        let memory = self.guest.memory();
+        let (names, descriptors) = handover::offer(&*memory)?;
+        let memory = Arc::new(SharedView::new(memory)?);
+        self.handing_over = Some(HandingOver { names, memory, tracker: NothingToTrack });
+        Ok(descriptors)
+    }
 }
 
 /// Starts the guest that the command line asks for. `typing` connects a Linux's console to standard input. This host
@@ -135,7 +161,7 @@ fn start_image(file: &Path, options: &GuestOptions, screen: &Screen, copies: u64
     let guest = ProcessGuest::start(memory, options.backing.into(), params, Some(image))?;
     let vcpus = show_count(params.vcpus, "vCPU");
     screen.note(&format!("process guest: {}, {vcpus}, the image {}", show_bytes(memory), file.display()));
-    Ok(AnySource { kind: Kind::Process, guest: Box::new(guest) })
+    Ok(AnySource::new(Kind::Process, guest))
 }
 
 fn check_host(memory: u64, options: &GuestOptions, copies: u64) -> Result<(), GuestError> {
@@ -162,7 +188,7 @@ fn start_kvm(options: &GuestOptions, screen: &Arc<Screen>, typing: bool) -> Resu
     })?;
     console::show(&guest.handle(), printed, screen)?;
     guest.resume()?;
-    Ok(AnySource { kind: Kind::Kvm, guest: Box::new(guest) })
+    Ok(AnySource::new(Kind::Kvm, guest))
 }
 
 fn boots(options: &GuestOptions, screen: &Screen) -> Result<Boots, VmError> {
@@ -191,19 +217,28 @@ fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, V
     let params = options.params();
     let guest = ProcessGuest::start(options.memory(), options.backing.into(), params, None)?;
     screen.note(&format!("process guest: {}", options.describe(&params)));
-    Ok(AnySource { kind: Kind::Process, guest: Box::new(guest) })
+    Ok(AnySource::new(Kind::Process, guest))
 }
 
 impl SourceVm for AnySource {
     fn memory(&self) -> Arc<dyn GuestMemory> {
-        self.guest.memory()
+        match &self.handing_over {
+            Some(handing_over) => Arc::clone(&handing_over.memory) as _,
+            None => self.guest.memory(),
+        }
     }
 
     fn dirty(&mut self) -> &mut dyn DirtySource {
-        self.guest.dirty()
+        match &mut self.handing_over {
+            Some(handing_over) => &mut handing_over.tracker,
+            None => self.guest.dirty(),
+        }
     }
 
     fn describe(&mut self, out: &mut dyn io::Write) -> VmResult<()> {
+        if let Some(handing_over) = &self.handing_over {
+            out.write_all(&handing_over.names)?;
+        }
         out.write_all(&[self.kind.to_byte()])?;
         self.guest.describe(out)
     }
@@ -282,12 +317,20 @@ pub(crate) struct AnyDestination {
     /// The guest's, which lives as long as it does.
     memory: Option<Weak<dyn GuestMemory>>,
     offered: bool,
+    /// Where memory that is handed over comes.
+    descriptors: Option<Descriptors>,
 }
 
 impl AnyDestination {
     /// An empty place.
     pub(crate) fn new(place: Place, screen: Arc<Screen>) -> Self {
-        Self { place, screen, guest: None, memory: None, offered: false }
+        Self { place, screen, guest: None, memory: None, offered: false, descriptors: None }
+    }
+
+    /// Also takes a guest whose memory comes as descriptors.
+    pub(crate) fn taking(mut self, descriptors: Option<Descriptors>) -> Self {
+        self.descriptors = descriptors;
+        self
     }
 
     /// Whether a source has ever described a guest, taken in or refused.
@@ -300,21 +343,65 @@ impl AnyDestination {
         self.memory.as_ref()?.upgrade()
     }
 
-    fn prepare_process(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+    /// Takes a guest whose memory is here already.
+    fn prepare_handed_over(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+        let (memory, config) = handover::take(config, layout, self.descriptors.as_ref())?;
+        // It takes nothing that was not taken before; but the operator's limit counts.
         let needed = layout.regions().iter().map(|region| region.len).sum();
-        check_room(needed, self.place.backing.into(), self.place.allowance)?;
-        let mut guest = ArrivingProcessGuest::new(self.place.backing.into(), self.place.prefault);
+        let allowance = Allowance { overcommit: true, ..self.place.allowance };
+        check_room(needed, Backing::Memfd.into(), allowance)?;
+        let layout = memory.layout().clone();
+        let memory = self.prepare_kind(config, &layout, Some(memory))?;
+        self.screen.note("the guest's memory was handed over: nothing is copied");
+        Ok(Arc::new(SharedView::new(memory)?))
+    }
+
+    fn prepare_kind(
+        &mut self,
+        config: &[u8],
+        layout: &Layout,
+        given: Option<Arc<MappedMemory>>,
+    ) -> VmResult<Arc<dyn GuestMemory>> {
+        let Some((&kind, config)) = config.split_first() else {
+            return Err(GuestError::UnknownKind(None).into());
+        };
+        match Kind::from_byte(kind) {
+            Some(Kind::Process) => self.prepare_process(config, layout, given),
+            Some(Kind::Kvm) => self.prepare_kvm(config, layout, given),
+            None => Err(GuestError::UnknownKind(Some(kind)).into()),
+        }
+    }
+
+    fn prepare_process(
+        &mut self,
+        config: &[u8],
+        layout: &Layout,
+        given: Option<Arc<MappedMemory>>,
+    ) -> VmResult<Arc<dyn GuestMemory>> {
+        let mut guest = match given {
+            Some(memory) => ArrivingProcessGuest::with_memory(memory),
+            None => {
+                let needed = layout.regions().iter().map(|region| region.len).sum();
+                check_room(needed, self.place.backing.into(), self.place.allowance)?;
+                ArrivingProcessGuest::new(self.place.backing.into(), self.place.prefault)
+            }
+        };
         let memory = guest.prepare(config, layout)?;
         self.guest = Some(Box::new(guest));
         Ok(memory)
     }
 
-    fn prepare_kvm(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
+    fn prepare_kvm(
+        &mut self,
+        config: &[u8],
+        layout: &Layout,
+        given: Option<Arc<MappedMemory>>,
+    ) -> VmResult<Arc<dyn GuestMemory>> {
         let Place { backing, allowance, prefault } = self.place;
-        let backing = Some(backing.into());
+        let backing = Some(if given.is_some() { GuestBacking::Memfd } else { backing.into() });
         let (output, printed) = console::channel();
         let console = ConsoleEnds { output: Some(output), input: None };
-        let mut guest = ArrivingGuest::new(ArrivalConfig { allowance, backing, prefault, console });
+        let mut guest = ArrivingGuest::new(ArrivalConfig { allowance, backing, prefault, memory: given, console });
         let memory = guest.prepare(config, layout)?;
         if let Some(handle) = guest.handle() {
             console::show(&handle, printed, &self.screen)?;
@@ -334,13 +421,9 @@ impl AnyDestination {
 impl DestinationVm for AnyDestination {
     fn prepare(&mut self, config: &[u8], layout: &Layout) -> VmResult<Arc<dyn GuestMemory>> {
         self.offered = true;
-        let Some((&kind, config)) = config.split_first() else {
-            return Err(GuestError::UnknownKind(None).into());
-        };
-        let memory = match Kind::from_byte(kind) {
-            Some(Kind::Process) => self.prepare_process(config, layout)?,
-            Some(Kind::Kvm) => self.prepare_kvm(config, layout)?,
-            None => return Err(GuestError::UnknownKind(Some(kind)).into()),
+        let memory = match config.split_first() {
+            Some((&handover::MARK, config)) => self.prepare_handed_over(config, layout)?,
+            _ => self.prepare_kind(config, layout, None)?,
         };
         self.memory = Some(Arc::downgrade(&memory));
         Ok(memory)
@@ -358,6 +441,10 @@ impl DestinationVm for AnyDestination {
         if let Some(mut guest) = self.guest.take() {
             guest.abort();
         }
+    }
+
+    fn takes_shared_memory(&self) -> bool {
+        self.descriptors.is_some()
     }
 }
 

@@ -6,10 +6,13 @@ mod demo;
 mod export;
 mod gentle;
 mod guests;
+mod handover;
 mod links;
 mod operator;
 mod parent;
 mod receive;
+mod restore;
+mod save;
 mod send;
 mod settle;
 
@@ -25,6 +28,8 @@ pub(crate) fn run(command: &Command) -> ExitStatus {
         Command::Demo(options) => demo::demo(options),
         Command::Receive(options) => receive::receive(options),
         Command::Send(options) => send::send(options),
+        Command::Save(options) => save::save(options),
+        Command::Restore(options) => restore::restore(options),
         Command::Export(options) => export::export(options),
     }
 }

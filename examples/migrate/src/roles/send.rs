@@ -1,17 +1,23 @@
 //! `migrate send`: a guest here, moved to a destination that listens.
 
+use std::path::Path;
 use std::sync::Arc;
 
 use pageferry::Source;
 use pageferry::transport::Dialer;
 use pageferry::vm::{SourceVm, VmError};
+use pageferry_unix::UnixDialer;
 
 use super::gentle::GentleSpawner;
 use super::guests::{self, AnySource};
+use super::handover::HandOverError;
 use super::operator::{Operator, Wish};
+use super::save::file_dialer;
 use super::settle::settle;
 use super::{afterwards, ended_early, links, not_started};
-use crate::cli::{Encoding, ExitStatus, Lane, Limits, LingerTime, SendOptions};
+use crate::cli::{
+    Address, Backing, Encoding, ExitStatus, GuestOptions, Lane, Limits, LingerTime, Moment, SendOptions, Verify,
+};
 use crate::guest::Guest;
 use crate::progress::Screen;
 use crate::report::{CostClock, FinalReport, Owner, Role};
@@ -27,24 +33,61 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     // What cannot be is said before a guest is started.
-    let dialer = links::dialer(&options.to, &options.lane, options.limits.peer_timeout)?;
-    let operator = Operator::listen(options.moment.on_key)?;
-    let mut guest = guests::start(&options.guest, screen, !options.moment.on_key, 1)?;
+    let SendOptions { to, lane, security, limits, .. } = options;
+    let dialer = match to {
+        Address::File(path) if lane.names_no_network() => file_dialer(path, false, limits)?,
+        _ => links::dialer(to, lane, security, limits.peer_timeout, screen)?,
+    };
+    let hand_over = if options.hand_over_memory { Some(hand_over(options)?) } else { None };
+    let way = Way { role: Role::Send, limits, lane, encoding: &options.encoding, linger: options.linger.linger };
+    let (guest, moment) = (&options.guest, options.moment);
+    depart(&Departure { dialer, hand_over, way, guest, moment, verb: "migrates" }, screen)
+}
+
+/// The socket to which memory is to be handed over.
+fn hand_over(options: &SendOptions) -> Result<&Path, HandOverError> {
+    match &options.to {
+        _ if options.guest.backing != Backing::Memfd => Err(HandOverError::NotMemfd),
+        _ if options.limits.verify == Verify::Full => Err(HandOverError::OneMemory),
+        Address::Unix(path) => Ok(path),
+        _ => Err(HandOverError::NotUnix),
+    }
+}
+
+/// A guest that is to leave.
+pub(super) struct Departure<'a> {
+    pub(super) dialer: Arc<dyn Dialer>,
+    /// Where its memory is handed over, if it is not copied.
+    pub(super) hand_over: Option<&'a Path>,
+    pub(super) way: Way<'a>,
+    pub(super) guest: &'a GuestOptions,
+    pub(super) moment: Moment,
+    /// What is done to it, in words.
+    pub(super) verb: &'static str,
+}
+
+/// Starts a guest, waits for the moment, and has it leave.
+pub(super) fn depart(departure: &Departure<'_>, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
+    let Departure { way, moment, .. } = departure;
+    let mut dialer = Arc::clone(&departure.dialer);
+    let operator = Operator::listen(moment.on_key)?;
+    let mut guest = guests::start(departure.guest, screen, !moment.on_key, 1)?;
     if !became_ready(&mut guest, &operator)? {
-        return Ok(ended_early(screen, Role::Send));
+        return Ok(ended_early(screen, way.role));
     }
-    announce(options, screen);
-    if operator.wait_for_moment(options.moment) == Wish::Stop {
-        return Ok(ended_early(screen, Role::Send));
+    announce(departure, screen);
+    if operator.wait_for_moment(*moment) == Wish::Stop {
+        return Ok(ended_early(screen, way.role));
     }
-    let SendOptions { limits, lane, encoding, .. } = options;
-    let way = Way { role: Role::Send, limits, lane, encoding, linger: options.linger.linger };
-    let mut report = migrate(&mut guest, &dialer, &way, screen, &operator);
+    if let Some(path) = departure.hand_over {
+        dialer = Arc::new(UnixDialer::new(path).with_descriptors(guest.hand_memory_over()?));
+    }
+    let mut report = migrate(&mut guest, &dialer, way, screen, &operator);
     if report.owner == Owner::Source {
-        afterwards::question(&mut guest, &operator, options.linger.linger, &mut report);
+        afterwards::question(&mut guest, &operator, way.linger, &mut report);
     }
     screen.report(&report);
-    if report.owner != Owner::Destination && options.linger.linger == LingerTime::Forever {
+    if report.owner != Owner::Destination && way.linger == LingerTime::Forever {
         screen.note("the guest is still here; Ctrl-C ends it");
         if let Some(end) = afterwards::run_on(&guest, &operator) {
             screen.note(&format!("the guest has ended: {end}"));
@@ -62,11 +105,12 @@ pub(super) fn became_ready(guest: &mut dyn Guest, operator: &Operator) -> Result
     waited.map(|()| true)
 }
 
-fn announce(options: &SendOptions, screen: &Screen) {
-    if options.moment.on_key {
-        screen.note("the guest runs; Enter migrates it");
-    } else if options.moment.on_signal {
-        screen.note(&format!("the guest runs; kill -USR1 {} migrates it", std::process::id()));
+fn announce(departure: &Departure<'_>, screen: &Screen) {
+    let verb = departure.verb;
+    if departure.moment.on_key {
+        screen.note(&format!("the guest runs; Enter {verb} it"));
+    } else if departure.moment.on_signal {
+        screen.note(&format!("the guest runs; kill -USR1 {} {verb} it", std::process::id()));
     }
 }
 

@@ -1,0 +1,272 @@
+//! The accepting end: lanes as they come on any path, and connections with which lanes go on.
+//!
+//! What a connection is for it says in its first frame. That is waited for where the engine waits for a lane's
+//! greeting: there strangers are limited in number and time.
+
+use std::collections::HashMap;
+use std::io::{self, IoSlice};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::time::{Duration, Instant};
+
+use crossbeam_channel::bounded;
+use pageferry::transport::{
+    Acceptor, Capabilities, Lane, LaneCloser, LaneHalves, LaneReceiver, LaneSender, TransportError,
+};
+use pageferry::wire::FrameBuffer;
+
+use crate::connection::{Connection, MAX_MESSAGE};
+use crate::dial::{LAST_WAIT, common};
+use crate::lane::{Farewells, Shared, halves, lock};
+use crate::message::{LaneId, PathMessage};
+use crate::pump::{self, Reconnect};
+use crate::{PathFailure, PathOptions};
+
+/// How long each path is listened to before the next has its turn.
+const TURN: Duration = Duration::from_millis(5);
+
+/// How often a lane without a connection looks whether it has ended.
+const LOOK: Duration = Duration::from_millis(50);
+
+/// Lanes that may exist at once.
+const MAX_KNOWN: usize = 1024;
+
+/// Accepts lanes on all paths of a list.
+pub struct PathsAcceptor {
+    paths: Vec<Arc<dyn Acceptor>>,
+    turn: AtomicUsize,
+    known: Arc<Known>,
+}
+
+impl std::fmt::Debug for PathsAcceptor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "PathsAcceptor({} paths)", self.paths.len())
+    }
+}
+
+impl PathsAcceptor {
+    /// Listens on all of these.
+    pub fn new(paths: impl IntoIterator<Item = Arc<dyn Acceptor>>, options: PathOptions) -> Self {
+        let known = Known { lanes: Mutex::default(), options, farewells: Arc::default() };
+        Self { paths: paths.into_iter().collect(), turn: AtomicUsize::new(0), known: Arc::new(known) }
+    }
+}
+
+impl Drop for PathsAcceptor {
+    fn drop(&mut self) {
+        self.known.farewells.wait(LAST_WAIT);
+    }
+}
+
+impl Acceptor for PathsAcceptor {
+    fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
+        let started = Instant::now();
+        loop {
+            let mut failures = Vec::new();
+            for _ in &self.paths {
+                let turn = self.turn.fetch_add(1, Ordering::Relaxed) % self.paths.len();
+                let left = timeout.saturating_sub(started.elapsed());
+                match self.paths[turn].accept(left.min(TURN)) {
+                    Ok(Some(lane)) => {
+                        return Ok(Some(Box::new(NewLane { lane, known: Arc::clone(&self.known) })));
+                    }
+                    Ok(None) => {}
+                    Err(error) => failures.push(error),
+                }
+            }
+            // One that listens is enough.
+            if failures.len() == self.paths.len()
+                && let Some(error) = failures.pop()
+            {
+                return Err(error);
+            }
+            if started.elapsed() >= timeout {
+                return Ok(None);
+            }
+        }
+    }
+
+    fn capabilities(&self) -> Capabilities {
+        common(self.paths.iter().map(|path| path.capabilities()))
+    }
+}
+
+/// The lanes of this acceptor.
+struct Known {
+    lanes: Mutex<HashMap<LaneId, KnownLane>>,
+    options: PathOptions,
+    farewells: Arc<Farewells>,
+}
+
+/// A lane, and where new connections wait for it.
+type KnownLane = (Weak<Shared>, Arc<Doorstep>);
+
+impl Known {
+    fn find(&self, id: &LaneId) -> Option<(Arc<Shared>, Arc<Doorstep>)> {
+        let lanes = lock(&self.lanes);
+        let (shared, doorstep) = lanes.get(id)?;
+        Some((shared.upgrade().filter(|shared| !shared.has_ended())?, Arc::clone(doorstep)))
+    }
+
+    fn add(&self, shared: &Arc<Shared>) -> Result<Arc<Doorstep>, PathFailure> {
+        let mut lanes = lock(&self.lanes);
+        lanes.retain(|_, (shared, _)| shared.upgrade().is_some_and(|shared| !shared.has_ended()));
+        if lanes.len() >= MAX_KNOWN || lanes.contains_key(&shared.id) {
+            return Err(PathFailure::Misbehaved("it begins a lane again, or too many"));
+        }
+        let doorstep = Arc::new(Doorstep::default());
+        lanes.insert(shared.id, (Arc::downgrade(shared), Arc::clone(&doorstep)));
+        Ok(doorstep)
+    }
+}
+
+/// Where a new connection waits for its lane: the latest only.
+#[derive(Default)]
+struct Doorstep {
+    waiting: Mutex<Option<(Connection, u64)>>,
+    came: Condvar,
+}
+
+impl Reconnect for Arc<Doorstep> {
+    fn reconnect(&mut self, shared: &Shared, received: u64) -> Result<(Connection, u64), PathFailure> {
+        let until = Instant::now() + shared.options.give_up_after;
+        let mut waiting = lock(&self.waiting);
+        while !shared.has_ended() && Instant::now() < until {
+            if let Some((mut connection, theirs)) = waiting.take() {
+                drop(waiting);
+                if connection.tell(PathMessage::GoesOn { received }).is_ok() {
+                    return Ok((connection, theirs));
+                }
+                waiting = lock(&self.waiting);
+                continue;
+            }
+            waiting = self.came.wait_timeout(waiting, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        if shared.has_ended() {
+            return Err(PathFailure::ClosedHere);
+        }
+        Err(PathFailure::NoPath(format!("the peer did not come back within {:?}", shared.options.give_up_after)))
+    }
+}
+
+/// A connection that has not said yet what it is for.
+struct NewLane {
+    lane: Box<dyn Lane>,
+    known: Arc<Known>,
+}
+
+impl Lane for NewLane {
+    fn peer(&self) -> String {
+        self.lane.peer()
+    }
+
+    fn split(self: Box<Self>) -> io::Result<LaneHalves> {
+        let connection = Connection::from(self.lane.split()?);
+        let slot = Arc::new(Mutex::new(Slot::New(Arc::clone(&connection.closer))));
+        let new = Some((connection, self.known));
+        Ok(LaneHalves {
+            sender: Box::new(NewSender(Arc::clone(&slot))),
+            receiver: Box::new(NewReceiver { new, receiver: None, slot: Arc::clone(&slot) }),
+            closer: Arc::new(NewCloser(slot)),
+        })
+    }
+}
+
+/// What has become of a connection.
+enum Slot {
+    /// It has not said anything yet.
+    New(Arc<dyn LaneCloser>),
+    /// A lane began.
+    Lane(Option<Box<dyn LaneSender>>, Arc<dyn LaneCloser>),
+    /// It belongs to another lane now, or to nobody.
+    Gone,
+}
+
+struct NewReceiver {
+    new: Option<(Connection, Arc<Known>)>,
+    receiver: Option<Box<dyn LaneReceiver>>,
+    slot: Arc<Mutex<Slot>>,
+}
+
+impl NewReceiver {
+    /// Hears what the connection is for.
+    fn hear(&mut self, mut connection: Connection, known: &Arc<Known>) -> io::Result<Box<dyn LaneReceiver>> {
+        let mut frame = FrameBuffer::with_limit(MAX_MESSAGE);
+        connection.receiver.receive(&mut frame)?;
+        match PathMessage::decode(&frame)? {
+            Some(PathMessage::Begin(lane)) if known.find(&lane).is_none() => self.begin(lane, connection, known),
+            Some(message @ (PathMessage::Begin(lane) | PathMessage::GoOn { lane, .. })) => {
+                // The engine's door is to let it go without closing it.
+                *lock(&self.slot) = Slot::Gone;
+                let Some((shared, doorstep)) = known.find(&lane) else {
+                    connection.tell(PathMessage::Gone)?;
+                    return Err(PathFailure::Closed.into());
+                };
+                let received = if let PathMessage::GoOn { received, .. } = message { received } else { 0 };
+                // In case this side has not noticed yet. Before the new one can be the present one.
+                shared.break_connection();
+                *lock(&doorstep.waiting) = Some((connection, received));
+                doorstep.came.notify_all();
+                Err(PathFailure::Closed.into())
+            }
+            _ => Err(PathFailure::Misbehaved("it did not say which lane it means").into()),
+        }
+    }
+
+    fn begin(&self, id: LaneId, mut connection: Connection, known: &Arc<Known>) -> io::Result<Box<dyn LaneReceiver>> {
+        let shared = Shared::new(id, known.options.clone(), Arc::clone(&known.farewells));
+        let doorstep = known.add(&shared)?;
+        connection.tell(PathMessage::GoesOn { received: 0 })?;
+        shared.make_known();
+        let receiver = shared.install(connection, 0)?;
+        let (trust, trusted) = bounded(0);
+        let (halves, delivery) = halves(&shared, Some(trust));
+        pump::start(&shared, receiver, delivery, Box::new(doorstep), Some(trusted))?;
+        let mut slot = lock(&self.slot);
+        if matches!(*slot, Slot::Gone) {
+            // Closed while it was introduced: dropping the halves ends it.
+            return Err(PathFailure::ClosedHere.into());
+        }
+        *slot = Slot::Lane(Some(halves.sender), halves.closer);
+        Ok(halves.receiver)
+    }
+}
+
+impl LaneReceiver for NewReceiver {
+    fn receive(&mut self, frame: &mut FrameBuffer) -> io::Result<()> {
+        if let Some((connection, known)) = self.new.take() {
+            self.receiver = Some(self.hear(connection, &known)?);
+        }
+        self.receiver.as_mut().ok_or(io::ErrorKind::UnexpectedEof)?.receive(frame)
+    }
+}
+
+struct NewSender(Arc<Mutex<Slot>>);
+
+impl LaneSender for NewSender {
+    fn send(&mut self, frame: &mut [IoSlice<'_>]) -> io::Result<()> {
+        let take = |slot: &mut Slot| match slot {
+            Slot::Lane(sender, _) => sender.take(),
+            _ => None,
+        };
+        // Not under the lock, which closing needs.
+        let mut sender = take(&mut lock(&self.0)).ok_or(io::ErrorKind::NotConnected)?;
+        let result = sender.send(frame);
+        if let Slot::Lane(place, _) = &mut *lock(&self.0) {
+            *place = Some(sender);
+        }
+        result
+    }
+}
+
+struct NewCloser(Arc<Mutex<Slot>>);
+
+impl LaneCloser for NewCloser {
+    fn close(&self) {
+        let slot = std::mem::replace(&mut *lock(&self.0), Slot::Gone);
+        match &slot {
+            Slot::New(closer) | Slot::Lane(_, closer) => closer.close(),
+            Slot::Gone => {}
+        }
+    }
+}

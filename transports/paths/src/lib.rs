@@ -1,0 +1,73 @@
+//! Pageferry lanes over several paths at once, that go on when a path dies.
+//!
+//! A *path* is a transport of its own: a pair of addresses, such as a network card at either end. [`PathsDialer`]
+//! spreads lanes over the paths of a list; [`PathsAcceptor`] listens on all of them. A lane keeps what it has sent
+//! until the peer says that it has come. When its connection breaks, the dialling side opens
+//! another on a path that works; both tell how much they have received, and send the rest again. The engine
+//! notices a delay. Only when no path works for [`PathOptions::give_up_after`] does the lane break.
+//!
+//! Both ends must speak it: a lane here begins with a frame of the kind that transports use among themselves.
+#![deny(unsafe_code)]
+
+mod accept;
+mod connection;
+mod dial;
+mod lane;
+mod message;
+mod pump;
+mod unacknowledged;
+
+pub use accept::PathsAcceptor;
+pub use dial::PathsDialer;
+
+use std::io;
+use std::time::Duration;
+
+/// Choices for both ends.
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct PathOptions {
+    /// A lane that has had no connection for this long is broken. Default 8 s: less than the 10 s for which the engine bears a
+    /// peer's silence. The paths' own transports must notice a dead peer well before that.
+    pub give_up_after: Duration,
+    /// Longest time to open one connection in place of a broken one. Default 2 s.
+    pub redial_timeout: Duration,
+    /// Most bytes per lane that were sent and not acknowledged; they are kept in memory. Default 16 MiB: what
+    /// 10 Gbps have under way in 13 ms. Whoever sends waits when so many are.
+    pub unacknowledged: usize,
+}
+
+impl Default for PathOptions {
+    fn default() -> Self {
+        Self { give_up_after: Duration::from_secs(8), redial_timeout: Duration::from_secs(2), unacknowledged: 16 << 20 }
+    }
+}
+
+/// Why a lane over several paths has ended.
+#[derive(Debug, Clone, thiserror::Error)]
+#[non_exhaustive]
+pub enum PathFailure {
+    /// The peer ended the lane in order.
+    #[error("the peer closed the lane")]
+    Closed,
+    /// This side did.
+    #[error("the lane was closed on this side")]
+    ClosedHere,
+    /// There is no way to the peer any more.
+    #[error("no path to the peer works any more: {0}")]
+    NoPath(String),
+    /// The peer does not keep to the rules.
+    #[error("the peer does not keep to the rules of lanes over several paths: {0}")]
+    Misbehaved(&'static str),
+}
+
+impl From<PathFailure> for io::Error {
+    fn from(failure: PathFailure) -> Self {
+        let kind = match &failure {
+            PathFailure::Closed | PathFailure::ClosedHere => io::ErrorKind::UnexpectedEof,
+            PathFailure::NoPath(_) => io::ErrorKind::NotConnected,
+            PathFailure::Misbehaved(_) => io::ErrorKind::InvalidData,
+        };
+        Self::new(kind, failure)
+    }
+}

@@ -1,0 +1,165 @@
+//! The thread of a lane that receives: it passes frames on, keeps account with the peer, and finds another connection when
+//! one breaks.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use crossbeam_channel::{Receiver, select};
+use pageferry::limits::MAX_GREETING;
+use pageferry::transport::LaneReceiver;
+use pageferry::wire::FrameBuffer;
+
+use crate::PathFailure;
+use crate::connection::Connection;
+use crate::lane::{Delivery, Shared, lock};
+use crate::message::PathMessage;
+
+/// The peer is told how much was received after so many bytes, or frames.
+const TELL_EVERY: (usize, u64) = (1 << 20, 1024);
+
+/// Finds another connection for a lane: with how many frames the peer has received, or why there is none.
+pub(crate) trait Reconnect: Send {
+    fn reconnect(&mut self, shared: &Shared, received: u64) -> Result<(Connection, u64), PathFailure>;
+}
+
+/// Starts a lane's pump. From a stranger it takes a greeting, and no more until `trusted` is disconnected.
+pub(crate) fn start(
+    shared: &Arc<Shared>,
+    receiver: Box<dyn LaneReceiver>,
+    delivery: Delivery,
+    reconnect: Box<dyn Reconnect>,
+    trusted: Option<Receiver<()>>,
+) -> std::io::Result<()> {
+    let pump = Pump {
+        shared: Arc::clone(shared),
+        delivery,
+        reconnect,
+        trusted,
+        received: 0,
+        told: (0, 0),
+        bytes: 0,
+        hushed: false,
+    };
+    std::thread::Builder::new().name("path".to_owned()).spawn(move || pump.run(receiver)).map(drop)
+}
+
+struct Pump {
+    shared: Arc<Shared>,
+    delivery: Delivery,
+    reconnect: Box<dyn Reconnect>,
+    trusted: Option<Receiver<()>>,
+    /// Frames received.
+    received: u64,
+    bytes: usize,
+    /// Bytes and frames of which the peer was told.
+    told: (usize, u64),
+    /// The engine wants no more frames.
+    hushed: bool,
+}
+
+/// Why a connection is not read any more.
+enum Stop {
+    /// It broke.
+    Broken,
+    /// The lane is over.
+    Over(PathFailure),
+}
+
+impl Pump {
+    fn run(mut self, mut receiver: Box<dyn LaneReceiver>) {
+        let failure = loop {
+            match self.receive_all(&mut *receiver) {
+                Stop::Over(failure) => break failure,
+                Stop::Broken if self.shared.has_ended() => break PathFailure::ClosedHere,
+                Stop::Broken => {}
+            }
+            self.shared.drop_connection();
+            let found = self.reconnect.reconnect(&self.shared, self.received);
+            match found.and_then(|(connection, received)| self.shared.install(connection, received)) {
+                Ok(next) => {
+                    self.shared.make_known();
+                    receiver = next;
+                }
+                Err(failure) => break failure,
+            }
+            self.told = (self.bytes, self.received);
+        };
+        self.shared.fail(failure);
+        self.shared.drop_connection();
+        lock(&self.shared.pumping).take();
+    }
+
+    fn receive_all(&mut self, receiver: &mut dyn LaneReceiver) -> Stop {
+        loop {
+            let mut frame = self.buffer();
+            match receiver.receive(&mut frame) {
+                Ok(()) => {}
+                Err(error) if error.kind() == std::io::ErrorKind::InvalidData => {
+                    return Stop::Over(PathFailure::Misbehaved("it sent something that is no frame"));
+                }
+                Err(_) => return Stop::Broken,
+            }
+            match PathMessage::decode(&frame) {
+                Err(failure) => return Stop::Over(failure),
+                Ok(None) => self.deliver(frame),
+                Ok(Some(PathMessage::Received(received))) => {
+                    if let Err(failure) = self.shared.acknowledge(received) {
+                        return Stop::Over(failure);
+                    }
+                }
+                Ok(Some(PathMessage::End)) => {
+                    // All that it sent is here: it may close.
+                    lock(&self.shared.wire).tell(PathMessage::Received(self.received));
+                    return Stop::Over(PathFailure::Closed);
+                }
+                Ok(Some(PathMessage::Gone)) => return Stop::Over(PathFailure::Closed),
+                // The dialling side hears so once.
+                Ok(Some(PathMessage::GoesOn { received: 0 })) if !self.shared.is_known() => self.shared.make_known(),
+                Ok(Some(_)) => return Stop::Over(PathFailure::Misbehaved("it began the lane again")),
+            }
+        }
+    }
+
+    fn buffer(&mut self) -> FrameBuffer {
+        match &self.trusted {
+            Some(_) if self.received == 0 => FrameBuffer::with_limit(MAX_GREETING),
+            // Until the engine wants a second frame.
+            Some(trusted) => {
+                select! {
+                    recv(trusted) -> _ => {},
+                    recv(self.shared.ended_here) -> _ => {},
+                }
+                self.trusted = None;
+                FrameBuffer::new()
+            }
+            None => self.delivery.reuse.try_recv().unwrap_or_default(),
+        }
+    }
+
+    fn deliver(&mut self, frame: FrameBuffer) {
+        self.received += 1;
+        self.bytes += frame.bytes().len();
+        if !self.hushed {
+            select! {
+                send(self.delivery.frames, frame) -> sent => self.hushed = sent.is_err(),
+                // Goes on to hear acknowledgements, and the peer's end.
+                recv(self.shared.ended_here) -> _ => self.hushed = true,
+            }
+        }
+        let (bytes, frames) = (self.bytes - self.told.0, self.received - self.told.1);
+        if bytes >= TELL_EVERY.0 || frames >= TELL_EVERY.1 {
+            self.told = (self.bytes, self.received);
+            self.tell_received();
+        }
+    }
+
+    /// Without waiting for whoever is sending: the peer may be waiting for this side to receive.
+    fn tell_received(&self) {
+        let shared = Arc::clone(&self.shared);
+        if let Ok(mut wire) = shared.wire.try_lock() {
+            wire.tell(PathMessage::Received(self.received));
+        } else {
+            shared.answer_due.store(self.received, Ordering::SeqCst);
+        }
+    }
+}
