@@ -4,7 +4,7 @@
 //! caller in the door has what a lane needs, so few may stand there, and for a newcomer the one that has been silent longest goes.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use crate::lane::Core;
 use crate::message::{Hello, Rejection, VERSION};
 use crate::options::RdmaOptions;
 use crate::plan::{Plan, Rings};
-use crate::sys::wait_readable;
+use crate::sys::{local_addresses, wait_readable};
 use crate::windows::{Exposure, Extent};
 
 /// Calls that the kernel keeps for us.
@@ -180,6 +180,12 @@ impl Acceptor for RdmaAcceptor {
         (capabilities.max_lanes, capabilities.one_sided) = (self.plan.max_lanes, self.extent().windows > 0);
         capabilities
     }
+}
+
+/// The first address of this host that belongs to an RDMA device, if there is one.
+pub fn first_address() -> Option<IpAddr> {
+    let candidates = local_addresses().into_iter().filter(|address| !address.is_loopback());
+    candidates.into_iter().find(|&address| listen(SocketAddr::new(address, 0)).is_ok())
 }
 
 fn listen(address: SocketAddr) -> Result<(Id, SocketAddr), ConnectFailure> {

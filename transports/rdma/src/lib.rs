@@ -23,7 +23,7 @@ mod sys;
 mod verbs;
 mod windows;
 
-pub use accept::RdmaAcceptor;
+pub use accept::{RdmaAcceptor, first_address};
 pub use dial::RdmaDialer;
 pub use failure::{ConnectFailure, LaneFailure, WriteFailure};
 pub use message::Refusal;

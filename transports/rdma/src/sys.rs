@@ -2,8 +2,11 @@
 #![allow(unsafe_code)]
 
 use std::io;
+use std::net::IpAddr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::time::Duration;
+
+use socket2::{SockAddr, SockAddrStorage};
 
 /// Waits until one of the descriptors is readable, for so long at most; also returns when a signal comes.
 pub(crate) fn wait_readable(fds: &[RawFd], timeout: Duration) -> io::Result<()> {
@@ -30,6 +33,38 @@ pub(crate) fn set_nonblocking(fd: RawFd) -> io::Result<()> {
         return Err(io::Error::last_os_error());
     }
     Ok(())
+}
+
+/// The addresses of this host's interfaces.
+pub(crate) fn local_addresses() -> Vec<IpAddr> {
+    let (mut first, mut found) = (std::ptr::null_mut(), Vec::new());
+    // SAFETY: a place for the list.
+    if unsafe { libc::getifaddrs(&raw mut first) } != 0 {
+        return found;
+    }
+    let mut at: *const libc::ifaddrs = first;
+    // SAFETY: the list is there until it is freed below, and its last entry has no next one.
+    while let Some(entry) = unsafe { at.as_ref() } {
+        // SAFETY: an address is null, or as long as its family says.
+        if let Some(family) = unsafe { entry.ifa_addr.as_ref() }.map(|address| i32::from(address.sa_family)) {
+            let len = match family {
+                libc::AF_INET => size_of::<libc::sockaddr_in>(),
+                libc::AF_INET6 => size_of::<libc::sockaddr_in6>(),
+                _ => 0,
+            };
+            let mut storage = SockAddrStorage::zeroed();
+            // SAFETY: `len` bytes are there, and fit a storage.
+            let address = unsafe {
+                std::ptr::copy_nonoverlapping(entry.ifa_addr.cast::<u8>(), (&raw mut storage).cast(), len);
+                SockAddr::new(storage, len as _)
+            };
+            found.extend(address.as_socket().map(|address| address.ip()));
+        }
+        at = entry.ifa_next;
+    }
+    // SAFETY: the list that was given out above, once.
+    unsafe { libc::freeifaddrs(first) };
+    found
 }
 
 /// Readable once it was set, for ever.

@@ -9,7 +9,7 @@ use common::{acceptor, dialer, missing};
 use pageferry::transport::{Acceptor, Dialer, LaneRole};
 use pageferry_conformance::frames::{PATIENCE, in_time, receive, send};
 use pageferry_conformance::skips;
-use pageferry_rdma::{RdmaAcceptor, RdmaDialer, RdmaOptions};
+use pageferry_rdma::{RdmaAcceptor, RdmaDialer, RdmaOptions, first_address};
 
 fn failure(dialer: &RdmaDialer, timeout: Duration) -> String {
     dialer.dial(LaneRole::Control, timeout).err().expect("nobody can be reached there").to_string()
@@ -118,6 +118,15 @@ fn silent_callers_keep_nobody_out() {
     assert_eq!(in_time(move || receive(&mut lane.receiver).unwrap().0), 7);
     hear.recv().unwrap();
     drop(calling.join().unwrap());
+}
+
+#[test]
+fn the_address_of_a_device_is_found() {
+    if skips(missing()) {
+        return;
+    }
+    let found = first_address().expect("there is a device");
+    RdmaAcceptor::bind(&format!("{found}:0"), RdmaOptions::default()).unwrap();
 }
 
 #[test]
