@@ -21,6 +21,7 @@ pub use guest::{Guest, Room};
 pub use saves::Shelf;
 
 use std::fmt;
+use std::io::{self, Write};
 use std::sync::Arc;
 
 use pageferry::transport::{Acceptor, Dialer};
@@ -46,11 +47,15 @@ impl fmt::Debug for Joined {
     }
 }
 
-/// All cases as tests; `$join` is a `fn() -> Joined` that joins two new ends.
+/// All cases as tests; `$join` is a `fn() -> Joined` that joins two new ends. A transport that not every host has adds a
+/// `fn() -> Option<String>`: why nothing can be tested here, which is printed.
 #[macro_export]
 macro_rules! suite {
     ($join:path) => {
-        $crate::cases!($join, lanes:
+        $crate::suite!($join, unless: $crate::never);
+    };
+    ($join:path, unless: $missing:path) => {
+        $crate::cases!($join, $missing, lanes:
             big_frames_arrive_intact,
             many_small_frames_arrive_intact,
             small_and_big_frames_mix,
@@ -66,7 +71,7 @@ macro_rules! suite {
             accepting_ends_with_its_timeout_and_goes_on_afterwards,
             a_lane_names_its_peer,
         );
-        $crate::cases!($join, migrations:
+        $crate::cases!($join, $missing, migrations:
             a_guest_moves_with_as_many_lanes_as_there_are,
             a_guest_that_writes_moves_with_every_page,
             a_capped_migration_arrives,
@@ -81,7 +86,7 @@ macro_rules! suite {
 #[macro_export]
 macro_rules! saved_suite {
     ($shelf:path) => {
-        $crate::cases!($shelf, saves:
+        $crate::cases!($shelf, $crate::never, saves:
             a_guest_comes_back_with_every_page_over_as_many_lanes_as_there_are,
             a_guest_that_writes_comes_back_with_its_last_write,
             a_capped_save_is_complete,
@@ -100,12 +105,28 @@ macro_rules! saved_suite {
 #[doc(hidden)]
 #[macro_export]
 macro_rules! cases {
-    ($join:path, $module:ident: $($case:ident),+ $(,)?) => {
+    ($join:path, $missing:path, $module:ident: $($case:ident),+ $(,)?) => {
         $(
             #[test]
             fn $case() {
-                $crate::$module::$case($join);
+                if !$crate::skips($missing()) {
+                    $crate::$module::$case($join);
+                }
             }
         )+
     };
+}
+
+/// A transport that every host has.
+pub fn never() -> Option<String> {
+    None
+}
+
+/// Says why a test is skipped, if it is.
+pub fn skips(missing: Option<String>) -> bool {
+    if let Some(reason) = &missing {
+        // Past the test runner, which keeps back what a test that passes prints.
+        let _ = io::stderr().write_all(format!("skipped: {reason}\n").as_bytes());
+    }
+    missing.is_some()
 }

@@ -1,6 +1,7 @@
 //! `migrate demo`: both ends on this machine. The destination is a second process of this program.
 
 use std::io::{self, BufRead, BufReader};
+use std::net::SocketAddr;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdout, Command, Stdio};
 use std::sync::Arc;
@@ -13,7 +14,7 @@ use pageferry_unix::UnixDialer;
 use super::operator::{Operator, Wish};
 use super::save::file_dialer;
 use super::send::{Way, became_ready, migrate};
-use super::{afterwards, ended_early, guests, links, not_started};
+use super::{afterwards, ended_early, guests, links, not_started, rdma};
 use crate::cli::{Address, Backing, DemoOptions, DemoTransport, ExitStatus, GuestOptions, LingerTime, Security};
 use crate::progress::{JsonEvent, Screen};
 use crate::report::{FinalReport, Owner, Role};
@@ -55,7 +56,7 @@ fn try_demo(options: &DemoOptions, screen: &Arc<Screen>) -> Result<ExitStatus, V
         Address::Unix(path) if own.hands_over => {
             Arc::new(UnixDialer::new(path).with_descriptors(guest.hand_memory_over()?))
         }
-        address => links::dialer(address, lane, &Security::default(), limits.peer_timeout, screen)?,
+        address => links::dialer(address, lane, &security(options.transport), limits.peer_timeout, screen)?,
     };
     let how = Way { role: Role::Demo, limits, lane, encoding, linger };
     let mut report = migrate(&mut guest, &dialer, &how, screen, &operator);
@@ -134,6 +135,19 @@ impl Drop for Route {
     }
 }
 
+/// Where the destination is to listen. An RDMA device has no loopback address.
+fn listen(transport: DemoTransport) -> String {
+    match rdma::own_address() {
+        Some(address) if transport == DemoTransport::Rdma => format!("rdma://{}", SocketAddr::new(address, 0)),
+        _ => transport.listen(),
+    }
+}
+
+/// The address of an RDMA device could be another host's, for all that can be seen of it.
+fn security(transport: DemoTransport) -> Security {
+    Security { insecure_plaintext: transport == DemoTransport::Rdma, ..Security::default() }
+}
+
 /// The other process.
 struct Destination {
     child: Child,
@@ -149,7 +163,10 @@ enum Line {
 impl Destination {
     fn start(options: &DemoOptions, own: &OwnGuest) -> io::Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        command.args(["receive", "--listen", &options.transport.listen(), "--json"]);
+        command.args(["receive", "--listen", &listen(options.transport), "--json"]);
+        if security(options.transport).insecure_plaintext {
+            command.arg("--insecure-plaintext");
+        }
         command.args(["--with-parent", &std::process::id().to_string()]);
         command.args(["--linger", &milliseconds(options.linger), "--wait", "1h"]);
         command.args(["--peer-timeout", &milliseconds(options.limits.peer_timeout)]);

@@ -13,6 +13,7 @@ use pageferry_tcp::{TcpAcceptor, TcpDialer, TcpOptions};
 use pageferry_tls::{DestinationIdentity, Pairing, SourceIdentity, TlsAcceptor, TlsDialer};
 use pageferry_unix::{Descriptors, UnixAcceptor, UnixDialer};
 
+use super::rdma;
 use crate::cli::{Address, Lane, NetAddress, Scheme, Security};
 use crate::progress::Screen;
 
@@ -33,8 +34,6 @@ enum LinkError {
     NoIdentity(NetAddress),
     #[error("{0} has a pairing: where to listen is said without one, the receiver makes its own")]
     PairingToListen(NetAddress),
-    #[error("this program was built without RDMA: see transports/rdma/README.md")]
-    NoRdma,
     #[error("--bind names {binds} addresses for {paths} paths; give one, or one for each")]
     Binds { binds: usize, paths: usize },
 }
@@ -141,7 +140,7 @@ impl Means<'_> {
                     None => Arc::new(dialer),
                 })
             }
-            Scheme::Rdma => Err(LinkError::NoRdma.into()),
+            Scheme::Rdma => rdma::dialer(target, source),
             Scheme::Any | Scheme::Tcp => {
                 let dialer = TcpDialer::new(target, options);
                 Ok(match source {
@@ -176,7 +175,10 @@ impl Means<'_> {
                 let local = reachable(acceptor.local_addr(), Scheme::Quic, pairing);
                 Ok((Arc::new(acceptor), local))
             }
-            Scheme::Rdma => Err(LinkError::NoRdma.into()),
+            Scheme::Rdma => {
+                let (acceptor, local) = rdma::acceptor(target)?;
+                Ok((acceptor, reachable(local, Scheme::Rdma, None)))
+            }
             scheme @ (Scheme::Any | Scheme::Tcp) => {
                 let acceptor = TcpAcceptor::bind(target, options)?;
                 let local = reachable(acceptor.local_addr(), scheme, None);

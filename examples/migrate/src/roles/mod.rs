@@ -10,6 +10,7 @@ mod handover;
 mod links;
 mod operator;
 mod parent;
+mod rdma;
 mod receive;
 mod restore;
 mod save;

@@ -1,0 +1,7 @@
+//! The suite that every transport passes.
+
+mod common;
+
+use common::{join, missing};
+
+pageferry_conformance::suite!(join, unless: missing);
