@@ -36,8 +36,10 @@ pub(crate) struct Shared {
     ended: AtomicBool,
     /// The peer is certain to know the lane: it has said so.
     known: AtomicBool,
-    /// How many frames were received, if the peer is to be told by whoever sends next; else 0.
-    pub(crate) answer_due: AtomicU64,
+    /// Frames received: what the peer is told. It only grows, and is read where it is told.
+    received: AtomicU64,
+    /// The peer is to be told, by whoever sends next.
+    answer_due: AtomicBool,
     /// Disconnected when the lane has ended on this side.
     ending: Mutex<Option<Sender<()>>>,
     pub(crate) ended_here: Receiver<()>,
@@ -64,7 +66,8 @@ impl Shared {
             closer: Mutex::default(),
             ended: AtomicBool::new(false),
             known: AtomicBool::new(false),
-            answer_due: AtomicU64::new(0),
+            received: AtomicU64::new(0),
+            answer_due: AtomicBool::new(false),
             ending: Mutex::new(Some(ending)),
             ended_here,
             pump_over,
@@ -180,11 +183,20 @@ impl Shared {
         Ok(())
     }
 
-    /// Tells how much was received, if that is due.
-    fn answer(&self, wire: &mut Wire) {
-        let received = self.answer_due.swap(0, Ordering::SeqCst);
-        if received > 0 {
-            wire.tell(PathMessage::Received(received));
+    /// So many frames were received: before the peer is told in any way.
+    pub(crate) fn count(&self, received: u64) {
+        self.received.store(received, Ordering::SeqCst);
+    }
+
+    /// Has the peer told how much was received.
+    pub(crate) fn owe_answer(&self) {
+        self.answer_due.store(true, Ordering::SeqCst);
+    }
+
+    /// Tells how much was received, if that is due: never less than was told before, or the peer would end the lane.
+    pub(crate) fn answer(&self, wire: &mut Wire) {
+        if self.answer_due.swap(false, Ordering::SeqCst) {
+            wire.tell(PathMessage::Received(self.received.load(Ordering::SeqCst)));
         }
     }
 

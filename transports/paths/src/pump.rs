@@ -2,9 +2,8 @@
 //! one breaks.
 
 use std::sync::Arc;
-use std::sync::atomic::Ordering;
 
-use crossbeam_channel::{Receiver, select};
+use crossbeam_channel::{Receiver, Sender, bounded, select};
 use pageferry::limits::MAX_GREETING;
 use pageferry::transport::LaneReceiver;
 use pageferry::wire::FrameBuffer;
@@ -37,6 +36,7 @@ pub(crate) fn start(
         trusted,
         received: 0,
         told: (0, 0),
+        teller: None,
         bytes: 0,
         hushed: false,
     };
@@ -53,6 +53,8 @@ struct Pump {
     bytes: usize,
     /// Bytes and frames of which the peer was told.
     told: (usize, u64),
+    /// Has a thread tell the peer.
+    teller: Option<Sender<()>>,
     /// The engine wants no more frames.
     hushed: bool,
 }
@@ -138,6 +140,7 @@ impl Pump {
 
     fn deliver(&mut self, frame: FrameBuffer) {
         self.received += 1;
+        self.shared.count(self.received);
         self.bytes += frame.bytes().len();
         if !self.hushed {
             select! {
@@ -153,13 +156,26 @@ impl Pump {
         }
     }
 
-    /// Without waiting for whoever is sending: the peer may be waiting for this side to receive.
-    fn tell_received(&self) {
-        let shared = Arc::clone(&self.shared);
-        if let Ok(mut wire) = shared.wire.try_lock() {
-            wire.tell(PathMessage::Received(self.received));
-        } else {
-            shared.answer_due.store(self.received, Ordering::SeqCst);
+    /// By another thread: whoever is sending, and the telling itself, may wait for the peer to receive, and the peer for this
+    /// thread. Lanes that receive little need none.
+    fn tell_received(&mut self) {
+        self.shared.owe_answer();
+        let teller = self.teller.take().or_else(|| start_teller(&self.shared));
+        if let Some(teller) = teller {
+            // One that was called already has yet to look.
+            let _ = teller.try_send(());
+            self.teller = Some(teller);
         }
     }
+}
+
+/// Starts a thread that tells the peer how much was received, whenever it is called. Without one whoever sends next does.
+fn start_teller(shared: &Arc<Shared>) -> Option<Sender<()>> {
+    let (shared, (caller, calls)) = (Arc::clone(shared), bounded::<()>(1));
+    let tell = move || {
+        while calls.recv().is_ok() {
+            shared.answer(&mut lock(&shared.wire));
+        }
+    };
+    std::thread::Builder::new().name("teller".to_owned()).spawn(tell).ok().map(|_| caller)
 }
