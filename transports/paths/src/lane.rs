@@ -11,8 +11,13 @@ use pageferry::wire::FrameBuffer;
 
 use crate::connection::{Connection, Wire};
 use crate::message::{LaneId, PathMessage};
+use crate::pump::TELL_EVERY;
 use crate::unacknowledged::Unacknowledged;
 use crate::{PathFailure, PathOptions};
+
+/// Fewest bytes that may be unacknowledged, whatever was configured: with less than what the peer acknowledges at once both sides
+/// would wait for ever.
+const LEAST_UNACKNOWLEDGED: usize = 4 * TELL_EVERY.0;
 
 /// Frames that were received and wait for the engine, per lane.
 const AHEAD: usize = 2;
@@ -55,7 +60,8 @@ struct Queue {
 }
 
 impl Shared {
-    pub(crate) fn new(id: LaneId, options: PathOptions, farewells: Arc<Farewells>) -> Arc<Self> {
+    pub(crate) fn new(id: LaneId, mut options: PathOptions, farewells: Arc<Farewells>) -> Arc<Self> {
+        options.unacknowledged = options.unacknowledged.max(LEAST_UNACKNOWLEDGED);
         let ((ending, ended_here), (pumping, pump_over)) = (bounded(0), bounded(0));
         Arc::new(Self {
             id,

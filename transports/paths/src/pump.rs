@@ -14,7 +14,7 @@ use crate::lane::{Delivery, Shared, lock};
 use crate::message::PathMessage;
 
 /// The peer is told how much was received after so many bytes, or frames.
-const TELL_EVERY: (usize, u64) = (1 << 20, 1024);
+pub(crate) const TELL_EVERY: (usize, u64) = (1 << 20, 1024);
 
 /// Finds another connection for a lane: with how many frames the peer has received, or why there is none.
 pub(crate) trait Reconnect: Send {

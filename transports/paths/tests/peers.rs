@@ -125,3 +125,20 @@ fn both_ways_may_be_full_at_once() {
         (0..5).for_each(|number| assert_eq!(receive(&mut near.receiver).unwrap().0, number));
     });
 }
+
+#[test]
+fn little_may_be_unacknowledged() {
+    let mut options = PathOptions::default();
+    options.unacknowledged = 64 << 10;
+    let (mut near, mut far) = over_memory(&options);
+    let sending = std::thread::spawn(move || {
+        (0..100).for_each(|number| send(&mut near.sender, number, &body(number, 30_000)).unwrap());
+        near
+    });
+    in_time(move || {
+        for number in 0..100 {
+            assert_eq!(receive(&mut far.receiver).unwrap(), (number, body(number, 30_000)));
+        }
+    });
+    drop(sending.join().unwrap());
+}
