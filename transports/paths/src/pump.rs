@@ -19,6 +19,16 @@ pub(crate) const TELL_EVERY: (usize, u64) = (1 << 20, 1024);
 /// Finds another connection for a lane: with how many frames the peer has received, or why there is none.
 pub(crate) trait Reconnect: Send {
     fn reconnect(&mut self, shared: &Shared, received: u64) -> Result<(Connection, u64), PathFailure>;
+
+    /// Brings something when another connection may be waiting.
+    fn knock(&self) -> Receiver<()> {
+        crossbeam_channel::never()
+    }
+
+    /// Whether another connection is waiting for this lane.
+    fn is_waited_for(&self) -> bool {
+        false
+    }
 }
 
 /// Starts a lane's pump. From a stranger it takes a greeting, and no more until `trusted` is disconnected.
@@ -29,7 +39,10 @@ pub(crate) fn start(
     reconnect: Box<dyn Reconnect>,
     trusted: Option<Receiver<()>>,
 ) -> std::io::Result<()> {
+    let knock = reconnect.knock();
     let pump = Pump {
+        knock,
+        in_hand: None,
         shared: Arc::clone(shared),
         delivery,
         reconnect,
@@ -47,7 +60,10 @@ struct Pump {
     shared: Arc<Shared>,
     delivery: Delivery,
     reconnect: Box<dyn Reconnect>,
+    knock: Receiver<()>,
     trusted: Option<Receiver<()>>,
+    /// Received, and not yet with the engine.
+    in_hand: Option<FrameBuffer>,
     /// Frames received.
     received: u64,
     bytes: usize,
@@ -93,6 +109,9 @@ impl Pump {
 
     fn receive_all(&mut self, receiver: &mut dyn LaneReceiver) -> Stop {
         loop {
+            if !self.deliver() || !self.is_trusted() {
+                return Stop::Broken;
+            }
             let mut frame = self.buffer();
             match receiver.receive(&mut frame) {
                 Ok(()) => {}
@@ -103,7 +122,7 @@ impl Pump {
             }
             match PathMessage::decode(&frame) {
                 Err(failure) => return Stop::Over(failure),
-                Ok(None) => self.deliver(frame),
+                Ok(None) => self.take(frame),
                 Ok(Some(PathMessage::Received(received))) => {
                     if let Err(failure) = self.shared.acknowledge(received) {
                         return Stop::Over(failure);
@@ -125,12 +144,7 @@ impl Pump {
     fn buffer(&mut self) -> FrameBuffer {
         match &self.trusted {
             Some(_) if self.received == 0 => FrameBuffer::with_limit(MAX_GREETING),
-            // Until the engine wants a second frame.
-            Some(trusted) => {
-                select! {
-                    recv(trusted) -> _ => {},
-                    recv(self.shared.ended_here) -> _ => {},
-                }
+            Some(_) => {
                 self.trusted = None;
                 FrameBuffer::new()
             }
@@ -138,22 +152,52 @@ impl Pump {
         }
     }
 
-    fn deliver(&mut self, frame: FrameBuffer) {
+    /// Waits until the engine wants a second frame. `false` if another connection came meanwhile.
+    fn is_trusted(&self) -> bool {
+        let Some(trusted) = self.trusted.as_ref().filter(|_| self.received > 0) else { return true };
+        loop {
+            select! {
+                recv(trusted) -> _ => return true,
+                recv(self.shared.ended_here) -> _ => return true,
+                recv(self.knock) -> _ => if self.reconnect.is_waited_for() {
+                    return false;
+                },
+            }
+        }
+    }
+
+    fn take(&mut self, frame: FrameBuffer) {
         self.received += 1;
         self.shared.count(self.received);
         self.bytes += frame.bytes().len();
-        if !self.hushed {
-            select! {
-                send(self.delivery.frames, frame) -> sent => self.hushed = sent.is_err(),
-                // Goes on to hear acknowledgements, and the peer's end.
-                recv(self.shared.ended_here) -> _ => self.hushed = true,
-            }
-        }
+        self.in_hand = Some(frame);
         let (bytes, frames) = (self.bytes - self.told.0, self.received - self.told.1);
         if bytes >= TELL_EVERY.0 || frames >= TELL_EVERY.1 {
             self.told = (self.bytes, self.received);
             self.tell_received();
         }
+    }
+
+    /// Passes the frame in hand to the engine, which may take its time. `false` if another connection came meanwhile: then the
+    /// peer waits for an answer, and the frame is passed on later.
+    fn deliver(&mut self) -> bool {
+        while let Some(frame) = self.in_hand.take() {
+            if self.hushed {
+                return true;
+            }
+            select! {
+                send(self.delivery.frames, frame) -> sent => self.hushed = sent.is_err(),
+                // Goes on to hear acknowledgements, and the peer's end.
+                recv(self.shared.ended_here) -> _ => self.hushed = true,
+                recv(self.knock) -> _ => {
+                    self.in_hand = Some(frame);
+                    if self.reconnect.is_waited_for() {
+                        return false;
+                    }
+                }
+            }
+        }
+        true
     }
 
     /// By another thread: whoever is sending, and the telling itself, may wait for the peer to receive, and the peer for this

@@ -4,7 +4,7 @@ mod common;
 
 use std::io::IoSlice;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use pageferry::transport::{Acceptor, Dialer, InMemoryAcceptor, InMemoryDialer, LaneHalves, LaneRole, in_memory};
@@ -57,17 +57,22 @@ fn a_peer_is_never_told_less_than_before() {
     assert_eq!(hear(&mut peer).unwrap()[0], 0);
     tell(&mut peer, &[&[2][..], &[0; 8]].concat());
     // More than sockets hold, and the peer reads nothing: it is in the middle of a frame from some time on.
-    let enough = Arc::new(AtomicBool::new(false));
-    let stop = enough.clone();
+    let (enough, sent) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+    let (stop, count) = (enough.clone(), sent.clone());
     let sending = std::thread::spawn(move || {
         for number in 0.. {
-            if stop.load(Ordering::SeqCst) || send(&mut sender, number, &body(number, 1 << 20)).is_err() {
+            if stop.load(Ordering::SeqCst) || send(&mut sender, number, &body(number, 50_000)).is_err() {
                 return sender;
             }
+            count.store(number + 1, Ordering::SeqCst);
         }
         sender
     });
-    std::thread::sleep(Duration::from_millis(300));
+    let mut before = 0;
+    while before < 2 || before != sent.load(Ordering::SeqCst) {
+        before = sent.load(Ordering::SeqCst);
+        std::thread::sleep(Duration::from_millis(300));
+    }
     let frames = 1024 + 10;
     for number in 0..frames {
         send(&mut peer.sender, number, &[]).unwrap();
@@ -141,4 +146,85 @@ fn little_may_be_unacknowledged() {
         }
     });
     drop(sending.join().unwrap());
+}
+
+/// An acceptor over one TCP path, with somebody at its door, and connections to it.
+fn acceptor(options: PathOptions) -> (common::Doorman, impl Fn() -> LaneHalves) {
+    let tcp = TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default()).unwrap();
+    let path = TcpDialer::new(tcp.local_addr().to_string(), TcpOptions::default());
+    let acceptor = PathsAcceptor::new([Arc::new(tcp) as Arc<dyn Acceptor>], options);
+    let connect = move || path.dial(LaneRole::Control, PATIENCE).unwrap().split().unwrap();
+    (common::Doorman::new(Arc::new(acceptor)), connect)
+}
+
+const NAME: [u8; 16] = [7; 16];
+
+fn begin(attempt: u32) -> Vec<u8> {
+    [&[0][..], &NAME, &attempt.to_le_bytes()].concat()
+}
+
+fn go_on(attempt: u32, received: u64) -> Vec<u8> {
+    [&[1][..], &NAME, &attempt.to_le_bytes(), &received.to_le_bytes()].concat()
+}
+
+#[test]
+fn a_connection_that_was_given_up_and_comes_late_changes_nothing() {
+    let (acceptor, connect) = acceptor(PathOptions::default());
+    let mut peer = connect();
+    tell(&mut peer, &begin(0));
+    send(&mut peer.sender, 0, b"first").unwrap();
+    let mut far = acceptor.accept(PATIENCE).unwrap().unwrap().split().unwrap();
+    assert_eq!(receive(&mut far.receiver).unwrap().1, b"first");
+    assert_eq!(hear(&mut peer).unwrap(), [&[2][..], &[0; 8]].concat());
+    // It was cut off, tried to go on twice, and was heard the second time.
+    let (mut late, mut later) = (connect(), connect());
+    peer.closer.close();
+    peer = connect();
+    tell(&mut peer, &go_on(3, 0));
+    assert_eq!(number(&hear(&mut peer).unwrap()), 1);
+    for sequence in 0..5 {
+        send(&mut far.sender, sequence, b"answer").unwrap();
+        assert_eq!(receive(&mut peer.receiver).unwrap(), (sequence, b"answer".to_vec()));
+    }
+    tell(&mut peer, &[&[3][..], &5u64.to_le_bytes()].concat());
+    send(&mut peer.sender, 1, b"second").unwrap();
+    assert_eq!(receive(&mut far.receiver).unwrap().1, b"second");
+    // Now the earlier ones come through.
+    tell(&mut late, &go_on(2, 0));
+    assert_eq!(hear(&mut late), None);
+    tell(&mut later, &begin(1));
+    assert_eq!(hear(&mut later), None);
+    send(&mut peer.sender, 2, b"third").unwrap();
+    assert_eq!(in_time(move || receive(&mut far.receiver)).unwrap().1, b"third");
+    send(&mut far.sender, 5, b"answer").unwrap();
+    assert_eq!(receive(&mut peer.receiver).unwrap(), (5, b"answer".to_vec()));
+}
+
+#[test]
+fn a_lane_goes_on_while_the_engine_takes_nothing() {
+    let mut options = PathOptions::default();
+    (options.give_up_after, options.redial_timeout) = (Duration::from_millis(600), Duration::from_millis(200));
+    let (joined, relays) = common::over_relays(&options);
+    let doorman = common::Doorman::new(joined.acceptor);
+    let mut near = joined.dialer.dial(LaneRole::Data(0), PATIENCE).unwrap().split().unwrap();
+    for number in 0..20 {
+        send(&mut near.sender, number, &body(number, 200)).unwrap();
+    }
+    let mut far = doorman.accept(PATIENCE).unwrap().unwrap().split().unwrap();
+    for number in 0..2 {
+        assert_eq!(receive(&mut far.receiver).unwrap(), (number, body(number, 200)));
+    }
+    // The engine waits at a barrier now, longer than lanes bear to be without a connection.
+    std::thread::sleep(Duration::from_millis(100));
+    for turn in 0..4 {
+        relays[turn % 2].cut();
+        std::thread::sleep(Duration::from_millis(400));
+    }
+    send(&mut near.sender, 20, &body(20, 200)).unwrap();
+    in_time(move || {
+        for number in 2..21 {
+            assert_eq!(receive(&mut far.receiver).unwrap(), (number, body(number, 200)));
+        }
+    });
+    drop(near);
 }
