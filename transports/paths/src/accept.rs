@@ -60,6 +60,10 @@ impl Drop for PathsAcceptor {
 
 impl Acceptor for PathsAcceptor {
     fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
+        if self.paths.is_empty() {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "no path was given");
+            return Err(TransportError::Accept { local: "nowhere".to_owned(), source });
+        }
         let started = Instant::now();
         loop {
             let mut failures = Vec::new();

@@ -81,8 +81,8 @@ impl Dialer for PathsDialer {
 
 /// What all paths can do.
 pub(crate) fn common(all: impl Iterator<Item = Capabilities>) -> Capabilities {
-    let mut common = Capabilities::default();
-    common.encrypted = true;
+    let (mut common, mut all) = (Capabilities::default(), all.peekable());
+    common.encrypted = all.peek().is_some();
     for one in all {
         common.encrypted &= one.encrypted;
         common.max_lanes = common.max_lanes.min(one.max_lanes);

@@ -41,6 +41,8 @@ pub(crate) struct Shared {
     ended: AtomicBool,
     /// The peer is certain to know the lane: it has said so.
     known: AtomicBool,
+    /// Neither is the peer a stranger any more.
+    trusted: AtomicBool,
     /// Frames received: what the peer is told. It only grows, and is read where it is told.
     received: AtomicU64,
     /// The peer is to be told, by whoever sends next.
@@ -72,6 +74,7 @@ impl Shared {
             closer: Mutex::default(),
             ended: AtomicBool::new(false),
             known: AtomicBool::new(false),
+            trusted: AtomicBool::new(false),
             received: AtomicU64::new(0),
             answer_due: AtomicBool::new(false),
             ending: Mutex::new(Some(ending)),
@@ -88,6 +91,10 @@ impl Shared {
 
     pub(crate) fn is_known(&self) -> bool {
         self.known.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn make_trusted(&self) {
+        self.trusted.store(true, Ordering::SeqCst);
     }
 
     pub(crate) fn make_known(&self) {
@@ -224,6 +231,10 @@ impl Shared {
         }
         self.fail(PathFailure::ClosedHere);
         lock(&self.ending).take();
+        if !self.trusted.load(Ordering::SeqCst) {
+            // A stranger is owed no farewell, and there may be many: none keeps a thread or a socket by its silence.
+            return self.drop_connection();
+        }
         let shared = Arc::clone(self);
         let said = self.farewells.begin();
         let farewell = std::thread::Builder::new().name("farewell".to_owned()).spawn(move || {
@@ -302,6 +313,9 @@ impl Drop for Held {
 ///
 /// `trust` is dropped when the engine wants a second frame, and so trusts the peer.
 pub(crate) fn halves(shared: &Arc<Shared>, trust: Option<Sender<()>>) -> (LaneHalves, Delivery) {
+    if trust.is_none() {
+        shared.make_trusted();
+    }
     let held = Arc::new(Held(Arc::clone(shared)));
     let (frames, arrived) = bounded(AHEAD);
     let (spare, reuse) = bounded(AHEAD + 2);
@@ -338,8 +352,8 @@ struct PathReceiver {
 
 impl LaneReceiver for PathReceiver {
     fn receive(&mut self, frame: &mut FrameBuffer) -> io::Result<()> {
-        if !self.first {
-            self.trust = None;
+        if !self.first && self.trust.take().is_some() {
+            self.held.0.make_trusted();
         }
         let Ok(mut arrived) = self.arrived.recv() else { return Err(self.held.0.failure().into()) };
         if std::mem::take(&mut self.first) {

@@ -228,3 +228,25 @@ fn a_lane_goes_on_while_the_engine_takes_nothing() {
     });
     drop(near);
 }
+
+#[test]
+fn a_stranger_is_let_go_without_a_word() {
+    let (acceptor, connect) = acceptor(PathOptions::default());
+    let mut peer = connect();
+    tell(&mut peer, &begin(0));
+    send(&mut peer.sender, 0, b"a greeting").unwrap();
+    let far = acceptor.accept(PATIENCE).unwrap().unwrap().split().unwrap();
+    assert_eq!(hear(&mut peer).unwrap()[0], 2);
+    far.closer.close();
+    // No thread waits for it to say that it has heard the end.
+    assert_eq!(hear(&mut peer), None);
+    drop(far);
+}
+
+#[test]
+fn without_any_path_there_is_nothing_to_accept_or_to_dial() {
+    let acceptor = PathsAcceptor::new([], PathOptions::default());
+    assert!(acceptor.accept(Duration::ZERO).is_err() && !acceptor.capabilities().encrypted);
+    let dialler = PathsDialer::new([], PathOptions::default());
+    assert!(dialler.dial(LaneRole::Control, PATIENCE).is_err() && !dialler.capabilities().encrypted);
+}
