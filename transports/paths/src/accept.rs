@@ -6,10 +6,10 @@
 use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 use std::time::{Duration, Instant};
 
-use crossbeam_channel::bounded;
+use crossbeam_channel::{Receiver, Sender, bounded};
 use pageferry::transport::{
     Acceptor, Capabilities, Lane, LaneCloser, LaneHalves, LaneReceiver, LaneSender, TransportError,
 };
@@ -60,6 +60,10 @@ impl Drop for PathsAcceptor {
 
 impl Acceptor for PathsAcceptor {
     fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
+        if self.paths.is_empty() {
+            let source = io::Error::new(io::ErrorKind::InvalidInput, "no path was given");
+            return Err(TransportError::Accept { local: "nowhere".to_owned(), source });
+        }
         let started = Instant::now();
         loop {
             let mut failures = Vec::new();
@@ -108,44 +112,74 @@ impl Known {
         Some((shared.upgrade().filter(|shared| !shared.has_ended())?, Arc::clone(doorstep)))
     }
 
-    fn add(&self, shared: &Arc<Shared>) -> Result<Arc<Doorstep>, PathFailure> {
+    fn add(&self, shared: &Arc<Shared>, attempt: u32) -> Result<Arc<Doorstep>, PathFailure> {
         let mut lanes = lock(&self.lanes);
         lanes.retain(|_, (shared, _)| shared.upgrade().is_some_and(|shared| !shared.has_ended()));
         if lanes.len() >= MAX_KNOWN || lanes.contains_key(&shared.id) {
             return Err(PathFailure::Misbehaved("it begins a lane again, or too many"));
         }
-        let doorstep = Arc::new(Doorstep::default());
+        let doorstep = Arc::new(Doorstep::new(attempt));
         lanes.insert(shared.id, (Arc::downgrade(shared), Arc::clone(&doorstep)));
         Ok(doorstep)
     }
 }
 
 /// Where a new connection waits for its lane: the latest only.
-#[derive(Default)]
 struct Doorstep {
-    waiting: Mutex<Option<(Connection, u64)>>,
-    came: Condvar,
+    waiting: Mutex<Waiting>,
+    /// One has come.
+    knock: (Sender<()>, Receiver<()>),
+}
+
+struct Waiting {
+    /// The highest number of a connection so far.
+    latest: u32,
+    connection: Option<(Connection, u64)>,
+}
+
+impl Doorstep {
+    fn new(latest: u32) -> Self {
+        Self { waiting: Mutex::new(Waiting { latest, connection: None }), knock: bounded(1) }
+    }
+
+    /// Puts a connection there, in place of all before; unless it is one of those before.
+    fn put(&self, shared: &Shared, attempt: u32, connection: Connection, received: u64) {
+        let mut waiting = lock(&self.waiting);
+        if attempt > waiting.latest {
+            // In case this side has not noticed yet. Before the new one can be the present one.
+            shared.break_connection();
+            *waiting = Waiting { latest: attempt, connection: Some((connection, received)) };
+            // One knock is enough.
+            let _ = self.knock.0.try_send(());
+        }
+    }
 }
 
 impl Reconnect for Arc<Doorstep> {
     fn reconnect(&mut self, shared: &Shared, received: u64) -> Result<(Connection, u64), PathFailure> {
         let until = Instant::now() + shared.options.give_up_after;
-        let mut waiting = lock(&self.waiting);
         while !shared.has_ended() && Instant::now() < until {
-            if let Some((mut connection, theirs)) = waiting.take() {
-                drop(waiting);
+            let waiting = lock(&self.waiting).connection.take();
+            if let Some((mut connection, theirs)) = waiting {
                 if connection.tell(PathMessage::GoesOn { received }).is_ok() {
                     return Ok((connection, theirs));
                 }
-                waiting = lock(&self.waiting);
                 continue;
             }
-            waiting = self.came.wait_timeout(waiting, LOOK).unwrap_or_else(PoisonError::into_inner).0;
+            let _ = self.knock.1.recv_timeout(LOOK);
         }
         if shared.has_ended() {
             return Err(PathFailure::ClosedHere);
         }
         Err(PathFailure::NoPath(format!("the peer did not come back within {:?}", shared.options.give_up_after)))
+    }
+
+    fn knock(&self) -> Receiver<()> {
+        self.knock.1.clone()
+    }
+
+    fn is_waited_for(&self) -> bool {
+        lock(&self.waiting).connection.is_some()
     }
 }
 
@@ -194,8 +228,10 @@ impl NewReceiver {
         let mut frame = FrameBuffer::with_limit(MAX_MESSAGE);
         connection.receiver.receive(&mut frame)?;
         match PathMessage::decode(&frame)? {
-            Some(PathMessage::Begin(lane)) if known.find(&lane).is_none() => self.begin(lane, connection, known),
-            Some(message @ (PathMessage::Begin(lane) | PathMessage::GoOn { lane, .. })) => {
+            Some(PathMessage::Begin { lane, attempt }) if known.find(&lane).is_none() => {
+                self.begin(lane, attempt, connection, known)
+            }
+            Some(message @ (PathMessage::Begin { lane, attempt } | PathMessage::GoOn { lane, attempt, .. })) => {
                 // The engine's door is to let it go without closing it.
                 *lock(&self.slot) = Slot::Gone;
                 let Some((shared, doorstep)) = known.find(&lane) else {
@@ -203,19 +239,22 @@ impl NewReceiver {
                     return Err(PathFailure::Closed.into());
                 };
                 let received = if let PathMessage::GoOn { received, .. } = message { received } else { 0 };
-                // In case this side has not noticed yet. Before the new one can be the present one.
-                shared.break_connection();
-                *lock(&doorstep.waiting) = Some((connection, received));
-                doorstep.came.notify_all();
+                doorstep.put(&shared, attempt, connection, received);
                 Err(PathFailure::Closed.into())
             }
             _ => Err(PathFailure::Misbehaved("it did not say which lane it means").into()),
         }
     }
 
-    fn begin(&self, id: LaneId, mut connection: Connection, known: &Arc<Known>) -> io::Result<Box<dyn LaneReceiver>> {
+    fn begin(
+        &self,
+        id: LaneId,
+        attempt: u32,
+        mut connection: Connection,
+        known: &Arc<Known>,
+    ) -> io::Result<Box<dyn LaneReceiver>> {
         let shared = Shared::new(id, known.options.clone(), Arc::clone(&known.farewells));
-        let doorstep = known.add(&shared)?;
+        let doorstep = known.add(&shared, attempt)?;
         connection.tell(PathMessage::GoesOn { received: 0 })?;
         shared.make_known();
         let receiver = shared.install(connection, 0)?;

@@ -62,12 +62,14 @@ impl Dialer for PathsDialer {
             option: "a random name for a lane".to_owned(),
             source: io::Error::other(error.to_string()),
         })?;
-        let (connection, peer, at) = self.0.connect(role, timeout, PathMessage::Begin(id))?;
+        let mut attempts = 0;
+        let message = |attempt| PathMessage::Begin { lane: id, attempt };
+        let (connection, peer, at) = self.0.connect(role, timeout, &mut attempts, &message)?;
         let failed = |source| TransportError::Dial { peer: peer.clone(), source };
         let shared = Shared::new(id, self.0.options.clone(), Arc::clone(&self.0.farewells));
         let receiver = shared.install(connection, 0).map_err(|failure| failed(failure.into()))?;
         let (halves, delivery) = halves(&shared, None);
-        let redial = Redial { paths: Arc::clone(&self.0), role, at };
+        let redial = Redial { paths: Arc::clone(&self.0), role, at, attempts };
         pump::start(&shared, receiver, delivery, Box::new(redial), None).map_err(failed)?;
         Ok(Box::new(PathLane { peer, halves }))
     }
@@ -79,8 +81,8 @@ impl Dialer for PathsDialer {
 
 /// What all paths can do.
 pub(crate) fn common(all: impl Iterator<Item = Capabilities>) -> Capabilities {
-    let mut common = Capabilities::default();
-    common.encrypted = true;
+    let (mut common, mut all) = (Capabilities::default(), all.peekable());
+    common.encrypted = all.peek().is_some();
     for one in all {
         common.encrypted &= one.encrypted;
         common.max_lanes = common.max_lanes.min(one.max_lanes);
@@ -102,19 +104,22 @@ impl Paths {
         order
     }
 
-    /// Opens a connection on the first path that lets it, and says what it is for.
+    /// Opens a connection on the first path that lets it, and says what it is for; counts the attempts.
     fn connect(
         &self,
         role: LaneRole,
         timeout: Duration,
-        message: PathMessage,
+        attempts: &mut u32,
+        message: &dyn Fn(u32) -> PathMessage,
     ) -> Result<(Connection, String, usize), TransportError> {
         let started = Instant::now();
         let order = self.order(role);
         let mut last = None;
         for (tried, &index) in order.iter().enumerate() {
             let share = timeout.saturating_sub(started.elapsed()) / (order.len() - tried) as u32;
-            match self.connect_on(index, role, share.max(Duration::from_millis(1)), message) {
+            // Whoever hears two of them is to know which is the later.
+            *attempts = attempts.wrapping_add(1);
+            match self.connect_on(index, role, share.max(Duration::from_millis(1)), message(*attempts)) {
                 Ok((connection, peer)) => {
                     *lock(&self.all[index].failed) = None;
                     return Ok((connection, peer, index));
@@ -159,6 +164,8 @@ struct Redial {
     role: LaneRole,
     /// The path of the present one.
     at: usize,
+    /// Connections tried.
+    attempts: u32,
 }
 
 impl Reconnect for Redial {
@@ -167,12 +174,17 @@ impl Reconnect for Redial {
         let until = Instant::now() + options.give_up_after;
         // What was never heard of may not have begun.
         let lane = shared.id;
-        let message = if shared.is_known() { PathMessage::GoOn { lane, received } } else { PathMessage::Begin(lane) };
+        let known = shared.is_known();
+        let message = |attempt| match known {
+            true => PathMessage::GoOn { lane, attempt, received },
+            false => PathMessage::Begin { lane, attempt },
+        };
         let mut last = String::new();
         self.paths.distrust(self.at);
         while !shared.has_ended() && Instant::now() < until {
             let longest = options.redial_timeout * self.paths.all.len() as u32;
-            match self.paths.connect(self.role, longest.min(options.give_up_after), message) {
+            let longest = longest.min(options.give_up_after);
+            match self.paths.connect(self.role, longest, &mut self.attempts, &message) {
                 Ok((mut connection, peer, at)) => match connection.hear(options.redial_timeout) {
                     Ok(PathMessage::GoesOn { received }) => {
                         self.at = at;

@@ -11,8 +11,13 @@ use pageferry::wire::FrameBuffer;
 
 use crate::connection::{Connection, Wire};
 use crate::message::{LaneId, PathMessage};
+use crate::pump::TELL_EVERY;
 use crate::unacknowledged::Unacknowledged;
 use crate::{PathFailure, PathOptions};
+
+/// Fewest bytes that may be unacknowledged, whatever was configured: with less than what the peer acknowledges at once both sides
+/// would wait for ever.
+const LEAST_UNACKNOWLEDGED: usize = 4 * TELL_EVERY.0;
 
 /// Frames that were received and wait for the engine, per lane.
 const AHEAD: usize = 2;
@@ -36,8 +41,12 @@ pub(crate) struct Shared {
     ended: AtomicBool,
     /// The peer is certain to know the lane: it has said so.
     known: AtomicBool,
-    /// How many frames were received, if the peer is to be told by whoever sends next; else 0.
-    pub(crate) answer_due: AtomicU64,
+    /// Neither is the peer a stranger any more.
+    trusted: AtomicBool,
+    /// Frames received: what the peer is told. It only grows, and is read where it is told.
+    received: AtomicU64,
+    /// The peer is to be told, by whoever sends next.
+    answer_due: AtomicBool,
     /// Disconnected when the lane has ended on this side.
     ending: Mutex<Option<Sender<()>>>,
     pub(crate) ended_here: Receiver<()>,
@@ -53,7 +62,8 @@ struct Queue {
 }
 
 impl Shared {
-    pub(crate) fn new(id: LaneId, options: PathOptions, farewells: Arc<Farewells>) -> Arc<Self> {
+    pub(crate) fn new(id: LaneId, mut options: PathOptions, farewells: Arc<Farewells>) -> Arc<Self> {
+        options.unacknowledged = options.unacknowledged.max(LEAST_UNACKNOWLEDGED);
         let ((ending, ended_here), (pumping, pump_over)) = (bounded(0), bounded(0));
         Arc::new(Self {
             id,
@@ -64,7 +74,9 @@ impl Shared {
             closer: Mutex::default(),
             ended: AtomicBool::new(false),
             known: AtomicBool::new(false),
-            answer_due: AtomicU64::new(0),
+            trusted: AtomicBool::new(false),
+            received: AtomicU64::new(0),
+            answer_due: AtomicBool::new(false),
             ending: Mutex::new(Some(ending)),
             ended_here,
             pump_over,
@@ -79,6 +91,10 @@ impl Shared {
 
     pub(crate) fn is_known(&self) -> bool {
         self.known.load(Ordering::SeqCst)
+    }
+
+    pub(crate) fn make_trusted(&self) {
+        self.trusted.store(true, Ordering::SeqCst);
     }
 
     pub(crate) fn make_known(&self) {
@@ -180,11 +196,20 @@ impl Shared {
         Ok(())
     }
 
-    /// Tells how much was received, if that is due.
-    fn answer(&self, wire: &mut Wire) {
-        let received = self.answer_due.swap(0, Ordering::SeqCst);
-        if received > 0 {
-            wire.tell(PathMessage::Received(received));
+    /// So many frames were received: before the peer is told in any way.
+    pub(crate) fn count(&self, received: u64) {
+        self.received.store(received, Ordering::SeqCst);
+    }
+
+    /// Has the peer told how much was received.
+    pub(crate) fn owe_answer(&self) {
+        self.answer_due.store(true, Ordering::SeqCst);
+    }
+
+    /// Tells how much was received, if that is due: never less than was told before, or the peer would end the lane.
+    pub(crate) fn answer(&self, wire: &mut Wire) {
+        if self.answer_due.swap(false, Ordering::SeqCst) {
+            wire.tell(PathMessage::Received(self.received.load(Ordering::SeqCst)));
         }
     }
 
@@ -206,6 +231,10 @@ impl Shared {
         }
         self.fail(PathFailure::ClosedHere);
         lock(&self.ending).take();
+        if !self.trusted.load(Ordering::SeqCst) {
+            // A stranger is owed no farewell, and there may be many: none keeps a thread or a socket by its silence.
+            return self.drop_connection();
+        }
         let shared = Arc::clone(self);
         let said = self.farewells.begin();
         let farewell = std::thread::Builder::new().name("farewell".to_owned()).spawn(move || {
@@ -284,6 +313,9 @@ impl Drop for Held {
 ///
 /// `trust` is dropped when the engine wants a second frame, and so trusts the peer.
 pub(crate) fn halves(shared: &Arc<Shared>, trust: Option<Sender<()>>) -> (LaneHalves, Delivery) {
+    if trust.is_none() {
+        shared.make_trusted();
+    }
     let held = Arc::new(Held(Arc::clone(shared)));
     let (frames, arrived) = bounded(AHEAD);
     let (spare, reuse) = bounded(AHEAD + 2);
@@ -320,8 +352,8 @@ struct PathReceiver {
 
 impl LaneReceiver for PathReceiver {
     fn receive(&mut self, frame: &mut FrameBuffer) -> io::Result<()> {
-        if !self.first {
-            self.trust = None;
+        if !self.first && self.trust.take().is_some() {
+            self.held.0.make_trusted();
         }
         let Ok(mut arrived) = self.arrived.recv() else { return Err(self.held.0.failure().into()) };
         if std::mem::take(&mut self.first) {

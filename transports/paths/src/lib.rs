@@ -33,7 +33,8 @@ pub struct PathOptions {
     /// Longest time to open one connection in place of a broken one. Default 2 s.
     pub redial_timeout: Duration,
     /// Most bytes per lane that were sent and not acknowledged; they are kept in memory. Default 16 MiB: what
-    /// 10 Gbps have under way in 13 ms. Whoever sends waits when so many are.
+    /// 10 Gbps have under way in 13 ms. Whoever sends waits when so many are. Less than 4 MiB counts as that: the peer
+    /// acknowledges in portions of 1 MiB.
     pub unacknowledged: usize,
 }
 

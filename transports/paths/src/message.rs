@@ -2,12 +2,15 @@
 //!
 //! | first byte | message | then |
 //! |---|---|---|
-//! | 0 | this connection begins a lane, or is to: nothing was heard of an earlier one | its name, 16 bytes |
-//! | 1 | this connection goes on with a lane | its name; frames received, u64 |
+//! | 0 | this connection begins a lane, or is to: nothing was heard of an earlier one | its name, 16 bytes; number of the connection, u32 |
+//! | 1 | this connection goes on with a lane | its name; number of the connection, u32; frames received, u64 |
 //! | 2 | the answer to both | frames received, u64 |
 //! | 3 | frames received so far | u64 |
 //! | 4 | the lane has ended | nothing |
 //! | 5 | there is no such lane (any more) | nothing |
+//!
+//! Each connection of a lane has a higher number than those before. One with a number that is not the highest so far was given up by
+//! whoever dialled it, and came late: it is closed.
 
 use pageferry::wire::{FrameBuffer, HEADER_LEN, Header, Kind};
 
@@ -18,8 +21,8 @@ pub(crate) type LaneId = [u8; 16];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum PathMessage {
-    Begin(LaneId),
-    GoOn { lane: LaneId, received: u64 },
+    Begin { lane: LaneId, attempt: u32 },
+    GoOn { lane: LaneId, attempt: u32, received: u64 },
     GoesOn { received: u64 },
     Received(u64),
     End,
@@ -31,13 +34,15 @@ impl PathMessage {
     pub(crate) fn encode(self) -> Vec<u8> {
         let mut frame = vec![0; HEADER_LEN];
         match self {
-            Self::Begin(lane) => {
+            Self::Begin { lane, attempt } => {
                 frame.push(0);
                 frame.extend(lane);
+                frame.extend(attempt.to_le_bytes());
             }
-            Self::GoOn { lane, received } => {
+            Self::GoOn { lane, attempt, received } => {
                 frame.push(1);
                 frame.extend(lane);
+                frame.extend(attempt.to_le_bytes());
                 frame.extend(received.to_le_bytes());
             }
             Self::GoesOn { received } => {
@@ -70,9 +75,14 @@ impl PathMessage {
         let unknown = PathFailure::Misbehaved("it sent a message that means nothing");
         let (&code, rest) = frame.body().split_first().ok_or(unknown.clone())?;
         let number = |bytes: &[u8]| bytes.try_into().map(u64::from_le_bytes).map_err(|_| unknown.clone());
-        Ok(Some(match (code, rest.split_first_chunk::<16>()) {
-            (0, Some((lane, []))) => Self::Begin(*lane),
-            (1, Some((lane, received))) => Self::GoOn { lane: *lane, received: number(received)? },
+        let names = || {
+            let (lane, rest) = rest.split_first_chunk::<16>()?;
+            let (attempt, rest) = rest.split_first_chunk::<4>()?;
+            Some((*lane, u32::from_le_bytes(*attempt), rest))
+        };
+        Ok(Some(match (code, names()) {
+            (0, Some((lane, attempt, []))) => Self::Begin { lane, attempt },
+            (1, Some((lane, attempt, received))) => Self::GoOn { lane, attempt, received: number(received)? },
             (2, _) => Self::GoesOn { received: number(rest)? },
             (3, _) => Self::Received(number(rest)?),
             (4, _) if rest.is_empty() => Self::End,
@@ -95,8 +105,8 @@ mod tests {
     #[test]
     fn messages_are_read_as_they_were_written_and_nothing_else_is() {
         let messages = [
-            PathMessage::Begin([7; 16]),
-            PathMessage::GoOn { lane: [1; 16], received: 1 << 40 },
+            PathMessage::Begin { lane: [7; 16], attempt: 3 },
+            PathMessage::GoOn { lane: [1; 16], attempt: 1 << 20, received: 1 << 40 },
             PathMessage::GoesOn { received: 5 },
             PathMessage::Received(u64::MAX),
             PathMessage::End,

@@ -117,7 +117,7 @@ fn a_stranger_cannot_go_on_with_a_lane() {
         [&header.encode(), body].concat()
     };
     // A name that nobody has.
-    let (mut near, hearing) = connect(&frame(&[&[1][..], &[9; 16], &[0; 8]].concat()));
+    let (mut near, hearing) = connect(&frame(&[&[1][..], &[9; 16], &[0; 4], &[0; 8]].concat()));
     assert!(hearing.join().unwrap().0.is_err());
     let mut answer = FrameBuffer::new();
     in_time(move || near.receiver.receive(&mut answer).map(|()| assert_eq!(answer.body(), [5]))).unwrap();
