@@ -123,6 +123,7 @@ pub fn never() -> Option<String> {
 }
 
 /// Says why a test is skipped, if it is.
+#[allow(clippy::needless_pass_by_value)] // It is always fresh from a function.
 pub fn skips(missing: Option<String>) -> bool {
     if let Some(reason) = &missing {
         // Past the test runner, which keeps back what a test that passes prints.

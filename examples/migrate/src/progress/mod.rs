@@ -64,10 +64,13 @@ impl Screen {
 
     /// Says where this side listens, and what a sender is to be given.
     pub(crate) fn listening(&self, address: &str, connect: &str) {
-        let mut text = format!("listening on {address}");
-        if connect != address {
-            text += &format!("; encrypted, for one sender that is given this:\n  migrate send --to {connect}");
-        }
+        let text = if connect == address {
+            format!("listening on {address}")
+        } else {
+            format!(
+                "listening on {address}; encrypted, for one sender that is given this:\n  migrate send --to {connect}"
+            )
+        };
         let (address, connect) = (address.to_owned(), connect.to_owned());
         self.lock().show(&JsonEvent::Listening { address, connect }, &text);
     }
