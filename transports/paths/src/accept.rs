@@ -109,12 +109,12 @@ impl Known {
     fn find(&self, id: &LaneId) -> Option<(Arc<Shared>, Arc<Doorstep>)> {
         let lanes = lock(&self.lanes);
         let (shared, doorstep) = lanes.get(id)?;
-        Some((shared.upgrade().filter(|shared| !shared.has_ended())?, Arc::clone(doorstep)))
+        Some((shared.upgrade().filter(|shared| !shared.is_over())?, Arc::clone(doorstep)))
     }
 
     fn add(&self, shared: &Arc<Shared>, attempt: u32) -> Result<Arc<Doorstep>, PathFailure> {
         let mut lanes = lock(&self.lanes);
-        lanes.retain(|_, (shared, _)| shared.upgrade().is_some_and(|shared| !shared.has_ended()));
+        lanes.retain(|_, (shared, _)| shared.upgrade().is_some_and(|shared| !shared.is_over()));
         if lanes.len() >= MAX_KNOWN || lanes.contains_key(&shared.id) {
             return Err(PathFailure::Misbehaved("it begins a lane again, or too many"));
         }
@@ -158,7 +158,7 @@ impl Doorstep {
 impl Reconnect for Arc<Doorstep> {
     fn reconnect(&mut self, shared: &Shared, received: u64) -> Result<(Connection, u64), PathFailure> {
         let until = Instant::now() + shared.options.give_up_after;
-        while !shared.has_ended() && Instant::now() < until {
+        while !shared.is_over() && Instant::now() < until {
             let waiting = lock(&self.waiting).connection.take();
             if let Some((mut connection, theirs)) = waiting {
                 if connection.tell(PathMessage::GoesOn { received }).is_ok() {
@@ -168,7 +168,7 @@ impl Reconnect for Arc<Doorstep> {
             }
             let _ = self.knock.1.recv_timeout(LOOK);
         }
-        if shared.has_ended() {
+        if shared.is_over() {
             return Err(PathFailure::ClosedHere);
         }
         Err(PathFailure::NoPath(format!("the peer did not come back within {:?}", shared.options.give_up_after)))

@@ -180,7 +180,7 @@ impl Reconnect for Redial {
         };
         let mut last = String::new();
         self.paths.distrust(self.at);
-        while !shared.has_ended() && Instant::now() < until {
+        while !shared.is_over() && Instant::now() < until {
             let longest = options.redial_timeout * self.paths.all.len() as u32;
             let longest = longest.min(options.give_up_after);
             match self.paths.connect(self.role, longest, &mut self.attempts, &message) {
@@ -198,9 +198,9 @@ impl Reconnect for Redial {
                 },
                 Err(error) => last = error.to_string(),
             }
-            let _ = shared.ended_here.recv_timeout(RETRY);
+            std::thread::sleep(RETRY);
         }
-        Err(if shared.has_ended() { PathFailure::ClosedHere } else { PathFailure::NoPath(last) })
+        Err(if shared.is_over() { PathFailure::ClosedHere } else { PathFailure::NoPath(last) })
     }
 }
 

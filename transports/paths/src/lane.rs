@@ -39,6 +39,8 @@ pub(crate) struct Shared {
     /// Ends the present connection.
     closer: Mutex<Option<Arc<dyn LaneCloser>>>,
     ended: AtomicBool,
+    /// Nor is anything to be told to the peer any more.
+    over: AtomicBool,
     /// The peer is certain to know the lane: it has said so.
     known: AtomicBool,
     /// Neither is the peer a stranger any more.
@@ -73,6 +75,7 @@ impl Shared {
             space: Condvar::new(),
             closer: Mutex::default(),
             ended: AtomicBool::new(false),
+            over: AtomicBool::new(false),
             known: AtomicBool::new(false),
             trusted: AtomicBool::new(false),
             received: AtomicU64::new(0),
@@ -85,8 +88,19 @@ impl Shared {
         })
     }
 
-    pub(crate) fn has_ended(&self) -> bool {
+    fn has_ended(&self) -> bool {
         self.ended.load(Ordering::SeqCst)
+    }
+
+    /// Whether no other connection is worth having: what was sent before the end is to arrive all the same.
+    pub(crate) fn is_over(&self) -> bool {
+        self.over.load(Ordering::SeqCst) || self.has_ended() && lock(&self.queue).sent.is_empty()
+    }
+
+    /// Nothing more is told to the peer.
+    fn be_over(&self) {
+        self.over.store(true, Ordering::SeqCst);
+        self.drop_connection();
     }
 
     pub(crate) fn is_known(&self) -> bool {
@@ -122,7 +136,7 @@ impl Shared {
             wire.caught_up();
         }
         drop(wire);
-        if self.has_ended() {
+        if self.is_over() {
             connection.closer.close();
         }
         Ok(connection.receiver)
@@ -143,7 +157,11 @@ impl Shared {
             let mut wire = lock(&self.wire);
             let Some(number) = wire.next_to_resend() else { return };
             if !lock(&self.queue).sent.copy(number, &mut frame) {
-                return wire.caught_up();
+                wire.caught_up();
+                if self.has_ended() {
+                    wire.tell(PathMessage::End);
+                }
+                return;
             }
             if wire.send(&mut [IoSlice::new(&frame)]).is_err() {
                 return wire.fail();
@@ -233,7 +251,7 @@ impl Shared {
         lock(&self.ending).take();
         if !self.trusted.load(Ordering::SeqCst) {
             // A stranger is owed no farewell, and there may be many: none keeps a thread or a socket by its silence.
-            return self.drop_connection();
+            return self.be_over();
         }
         let shared = Arc::clone(self);
         let said = self.farewells.begin();
@@ -242,7 +260,7 @@ impl Shared {
             drop(said);
         });
         if farewell.is_err() {
-            self.drop_connection();
+            self.be_over();
         }
     }
 
@@ -251,16 +269,19 @@ impl Shared {
         let shared = Arc::clone(self);
         let (said, heard) = bounded::<()>(0);
         let saying = std::thread::Builder::new().name("last word".to_owned()).spawn(move || {
-            let told = lock(&shared.wire).tell(PathMessage::End);
+            let mut wire = lock(&shared.wire);
+            // Whoever sends what came before says it then.
+            if wire.next_to_resend().is_none() {
+                wire.tell(PathMessage::End);
+            }
             drop(said);
-            told
         });
         let told =
             saying.is_ok() && heard.recv_timeout(LAST_WORD) == Err(crossbeam_channel::RecvTimeoutError::Disconnected);
         if told {
             let _ = self.pump_over.recv_timeout(FAREWELL);
         }
-        self.drop_connection();
+        self.be_over();
     }
 }
 

@@ -88,7 +88,7 @@ impl Pump {
         let failure = loop {
             match self.receive_all(&mut *receiver) {
                 Stop::Over(failure) => break failure,
-                Stop::Broken if self.shared.has_ended() => break PathFailure::ClosedHere,
+                Stop::Broken if self.shared.is_over() => break PathFailure::ClosedHere,
                 Stop::Broken => {}
             }
             self.shared.drop_connection();

@@ -25,6 +25,11 @@ impl Unacknowledged {
         self.first + self.frames.len() as u64
     }
 
+    /// Whether all was acknowledged.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.frames.is_empty()
+    }
+
     /// Bytes kept.
     pub(crate) fn bytes(&self) -> usize {
         self.bytes

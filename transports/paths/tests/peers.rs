@@ -250,3 +250,25 @@ fn without_any_path_there_is_nothing_to_accept_or_to_dial() {
     let dialler = PathsDialer::new([], PathOptions::default());
     assert!(dialler.dial(LaneRole::Control, PATIENCE).is_err() && !dialler.capabilities().encrypted);
 }
+
+#[test]
+fn what_was_sent_before_the_end_arrives_though_the_connection_broke() {
+    let (dialler, accept) = dialler(PathOptions::default());
+    let mut near = dialler.dial(LaneRole::Control, PATIENCE).unwrap().split().unwrap();
+    let mut peer = accept();
+    assert_eq!(hear(&mut peer).unwrap()[0], 0);
+    tell(&mut peer, &[&[2][..], &[0; 8]].concat());
+    peer.closer.close();
+    for number in 0..3 {
+        send(&mut near.sender, number, &body(number, 100_000)).unwrap();
+    }
+    near.closer.close();
+    let mut peer = accept();
+    let first = hear(&mut peer).unwrap()[0];
+    assert!(first <= 1);
+    tell(&mut peer, &[&[2][..], &[0; 8]].concat());
+    for number in 0..3 {
+        assert_eq!(receive(&mut peer.receiver).unwrap(), (number, body(number, 100_000)));
+    }
+    assert_eq!(hear(&mut peer), Some(vec![4]));
+}
