@@ -4,8 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::units::size;
-use super::{Backing, Encoding, GuestOptions, Lane, Limits, Linger, Moment, Output};
+use super::{Encoding, GuestOptions, Lane, Limits, Linger, Moment, Output, PlaceOptions};
 
 pub(super) const SAVE_EXAMPLES: &str = "\
 Examples:
@@ -66,18 +65,8 @@ pub(crate) struct RestoreOptions {
     /// The saved guest
     #[arg(value_name = "FILE")]
     pub(crate) file: PathBuf,
-    /// Most memory to give the guest; without it, what the host has available
-    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Guest")]
-    pub(crate) max_memory: Option<u64>,
-    /// Take the guest even if the host has less memory than it could touch
-    #[arg(long, help_heading = "Guest")]
-    pub(crate) overcommit: bool,
-    /// What stands behind the guest's memory here
-    #[arg(long, value_name = "KIND", value_enum, default_value_t, help_heading = "Guest")]
-    pub(crate) backing: Backing,
-    /// Touch all memory before the first page comes, so that a measurement does not contain the host's page faults
-    #[arg(long, help_heading = "Guest")]
-    pub(crate) prefault: bool,
+    #[command(flatten)]
+    pub(crate) place: PlaceOptions,
     #[command(flatten)]
     pub(crate) linger: Linger,
     #[command(flatten)]

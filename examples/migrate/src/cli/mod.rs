@@ -142,19 +142,8 @@ pub(crate) struct ReceiveOptions {
     /// Network interface to listen on, such as a dedicated migration network's
     #[arg(long, value_name = "NAME", help_heading = "Network")]
     pub(crate) interface: Option<String>,
-    /// Most memory to give a guest; without it, what the host has available
-    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Guest")]
-    pub(crate) max_memory: Option<u64>,
-    /// Take a guest even if the host has less memory than it could touch
-    #[arg(long, help_heading = "Guest")]
-    pub(crate) overcommit: bool,
-    /// What stands behind the guest's memory here
-    #[arg(long, value_name = "KIND", value_enum, default_value_t, help_heading = "Guest")]
-    pub(crate) backing: Backing,
-    /// Touch all memory at the destination before the first page comes, so that a measurement does not
-    /// contain the host's page faults
-    #[arg(long, help_heading = "Guest")]
-    pub(crate) prefault: bool,
+    #[command(flatten)]
+    pub(crate) place: PlaceOptions,
     /// Give up when no guest has come for this long
     #[arg(long, value_name = "TIME", value_parser = duration, help_heading = "Limits")]
     pub(crate) wait: Option<Duration>,
@@ -171,6 +160,24 @@ pub(crate) struct ReceiveOptions {
     /// Ends when the process with this id, which started this one, ends
     #[arg(long, value_name = "PID", hide = true)]
     pub(crate) with_parent: Option<u32>,
+}
+
+/// What is made ready for a guest that arrives.
+#[derive(Args, Clone, Copy, Debug)]
+pub(crate) struct PlaceOptions {
+    /// Most memory to give a guest; without it, what the host has available
+    #[arg(long, value_name = "SIZE", value_parser = size, help_heading = "Guest")]
+    pub(crate) max_memory: Option<u64>,
+    /// Take a guest even if the host has less memory than it could touch
+    #[arg(long, help_heading = "Guest")]
+    pub(crate) overcommit: bool,
+    /// What stands behind the guest's memory here
+    #[arg(long, value_name = "KIND", value_enum, default_value_t, help_heading = "Guest")]
+    pub(crate) backing: Backing,
+    /// Touch all memory at the destination before the first page comes, so that a measurement does not
+    /// contain the host's page faults
+    #[arg(long, help_heading = "Guest")]
+    pub(crate) prefault: bool,
 }
 
 /// `migrate send`.

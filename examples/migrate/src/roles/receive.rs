@@ -13,7 +13,7 @@ use super::links::Listening;
 use super::operator::Operator;
 use super::settle::settle;
 use super::{afterwards, links, not_started, parent};
-use crate::cli::{ExitStatus, LingerTime, ReceiveOptions};
+use crate::cli::{ExitStatus, LingerTime, PlaceOptions, ReceiveOptions};
 use crate::machine::Allowance;
 use crate::progress::Screen;
 use crate::report::{CostClock, FinalReport, Owner, Role};
@@ -40,11 +40,12 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
     config.wait_for_source = options.wait;
     config.peer_timeout = options.peer_timeout;
     config.settle_window = options.settle_window;
-    let arrival = Arrival { role: Role::Receive, place: place(options), config, linger: options.linger.linger };
+    let arrival = Arrival { role: Role::Receive, place: place(options.place), config, linger: options.linger.linger };
     Ok(arrive(&arrival, &acceptor, descriptors, screen, &operator))
 }
 
-fn place(options: &ReceiveOptions) -> Place {
+/// What the command line has made ready.
+pub(super) fn place(options: PlaceOptions) -> Place {
     let allowance = Allowance { limit: options.max_memory, overcommit: options.overcommit };
     Place { backing: options.backing, allowance, prefault: options.prefault }
 }

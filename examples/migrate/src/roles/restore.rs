@@ -7,12 +7,10 @@ use pageferry::transport::Acceptor;
 use pageferry::vm::VmError;
 use pageferry_file::FileAcceptor;
 
-use super::guests::Place;
 use super::not_started;
 use super::operator::Operator;
-use super::receive::{Arrival, arrive};
+use super::receive::{Arrival, arrive, place};
 use crate::cli::{ExitStatus, RestoreOptions};
-use crate::machine::Allowance;
 use crate::progress::Screen;
 use crate::report::Role;
 
@@ -29,10 +27,9 @@ fn try_restore(options: &RestoreOptions, screen: &Arc<Screen>) -> Result<ExitSta
     let operator = Operator::listen(false)?;
     let acceptor = FileAcceptor::open(&options.file, pageferry_file::RestoreOptions::default())?;
     let acceptor: Arc<dyn Acceptor> = Arc::new(acceptor);
-    let allowance = Allowance { limit: options.max_memory, overcommit: options.overcommit };
     let arrival = Arrival {
         role: Role::Restore,
-        place: Place { backing: options.backing, allowance, prefault: options.prefault },
+        place: place(options.place),
         config: DestinationConfig::default(),
         linger: options.linger.linger,
     };
