@@ -175,9 +175,8 @@ impl Reconnect for Redial {
         // What was never heard of may not have begun.
         let lane = shared.id;
         let known = shared.is_known();
-        let message = |attempt| match known {
-            true => PathMessage::GoOn { lane, attempt, received },
-            false => PathMessage::Begin { lane, attempt },
+        let message = |attempt| {
+            if known { PathMessage::GoOn { lane, attempt, received } } else { PathMessage::Begin { lane, attempt } }
         };
         let mut last = String::new();
         self.paths.distrust(self.at);
