@@ -18,6 +18,7 @@ mod roles;
 #[allow(dead_code)]
 mod workload;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -29,7 +30,10 @@ fn main() -> ExitCode {
         Ok(cli) => roles::run(&cli.command).into(),
         Err(answer) => {
             // Nobody is left to tell if this cannot be printed.
-            let _ = answer.print();
+            let _ = match cli::without_pairings(&answer.render().to_string()) {
+                Some(text) => std::io::stderr().write_all(text.as_bytes()),
+                None => answer.print(),
+            };
             if answer.use_stderr() { ExitStatus::Usage.into() } else { ExitCode::SUCCESS }
         }
     }

@@ -99,6 +99,18 @@ fn links_that_cannot_be_are_explained_before_a_guest_is_started() {
     }
 }
 
+#[test]
+fn a_mistaken_address_is_not_repeated_with_its_secret() {
+    let secret = "A".repeat(64);
+    for address in
+        ["tls://192.0.2.7:7000/pair-A", "tls://192.0.2.7/pair-", "tsl://192.0.2.7:1/pair-", "192.0.2.7:1/pair-"]
+    {
+        let output = program().args(["send", "--to", &format!("{address}{secret}")]).output().unwrap();
+        let told = String::from_utf8(output.stderr).unwrap();
+        assert!(!output.status.success() && told.contains("192.0.2.7") && !told.contains("AAAA"), "{told}");
+    }
+}
+
 #[track_caller]
 fn refused(arguments: &str, expected: &str) {
     let output = program().args(arguments.split_whitespace()).output().unwrap();

@@ -133,7 +133,7 @@ impl Shared {
                 wire.fail();
             }
         } else {
-            wire.caught_up();
+            self.catch_up(&mut wire);
         }
         drop(wire);
         if self.is_over() {
@@ -157,16 +157,20 @@ impl Shared {
             let mut wire = lock(&self.wire);
             let Some(number) = wire.next_to_resend() else { return };
             if !lock(&self.queue).sent.copy(number, &mut frame) {
-                wire.caught_up();
-                if self.has_ended() {
-                    wire.tell(PathMessage::End);
-                }
-                return;
+                return self.catch_up(&mut wire);
             }
             if wire.send(&mut [IoSlice::new(&frame)]).is_err() {
                 return wire.fail();
             }
             self.answer(&mut wire);
+        }
+    }
+
+    /// The peer has had all that was sent, and hears of the lane's end if nothing more comes.
+    fn catch_up(&self, wire: &mut Wire) {
+        wire.caught_up();
+        if self.has_ended() {
+            wire.tell(PathMessage::End);
         }
     }
 

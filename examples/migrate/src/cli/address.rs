@@ -1,7 +1,7 @@
 //! Where the other side is: `HOST:PORT`, or a URL whose scheme names the transport.
 
 use std::fmt;
-use std::net::{IpAddr, ToSocketAddrs};
+use std::net::{IpAddr, SocketAddr, ToSocketAddrs};
 use std::path::PathBuf;
 use std::str::FromStr;
 
@@ -80,7 +80,9 @@ impl FromStr for NetAddress {
     type Err = AddressError;
 
     fn from_str(text: &str) -> Result<Self, AddressError> {
-        let wrong = |what| AddressError { text: text.to_owned(), what };
+        // What is wrong with a secret is not repeated with it.
+        let shown = without_secret(text);
+        let wrong = |what| AddressError { text: shown.clone(), what };
         let (scheme, rest) = match text.split_once("://") {
             None => (Scheme::Any, text),
             Some((name, rest)) => match Scheme::NAMED.into_iter().find(|(known, _)| *known == name) {
@@ -90,10 +92,7 @@ impl FromStr for NetAddress {
         };
         let (target, pairing) = match rest.split_once('/') {
             None | Some((_, "")) => (rest.trim_end_matches('/'), None),
-            // What is wrong with a secret is not repeated with it.
             Some((target, secret)) => {
-                let text = format!("{}{target}/...", scheme.prefix());
-                let wrong = |what| AddressError { text, what };
                 if !matches!(scheme, Scheme::Tls | Scheme::Quic) {
                     return Err(wrong(Wrong::NoPairing));
                 }
@@ -113,10 +112,38 @@ impl FromStr for NetAddress {
     }
 }
 
+/// The text of an address as far as everybody may see it: what follows the port may be a pairing, or a part of one.
+fn without_secret(text: &str) -> String {
+    let host = text.find("://").map_or(0, |at| at + 3);
+    match text[host..].find('/') {
+        Some(at) if host + at + 1 < text.len() => format!("{}/...", &text[..host + at]),
+        _ => text.to_owned(),
+    }
+}
+
+/// A text that repeats what was typed, without the pairings in it; `None` if there is none.
+pub(crate) fn without_pairings(text: &str) -> Option<String> {
+    const PAIRING: &str = "/pair-";
+    let mut rest = text;
+    let mut shown = String::new();
+    while let Some(at) = rest.find(PAIRING) {
+        let secret = &rest[at + PAIRING.len()..];
+        shown += &rest[..at];
+        shown += "/pair-...";
+        rest = secret.trim_start_matches(|c: char| c.is_ascii_alphanumeric() || "-_.=+".contains(c));
+    }
+    (rest.len() < text.len()).then(|| shown + rest)
+}
+
 impl NetAddress {
-    /// Whether nothing that is sent there leaves this host. A name that means nothing is taken for another host's.
+    /// Whether nothing that is sent there leaves this host. Of names that is certain of `localhost` only: what a name server says
+    /// now it may not say when a connection is made.
     pub(crate) fn is_within_this_host(&self) -> bool {
         let loopback = |ip: IpAddr| ip.to_canonical().is_loopback();
+        let host = self.target.rsplit_once(':').map_or("", |(host, _)| host);
+        if self.target.parse::<SocketAddr>().is_err() && !host.eq_ignore_ascii_case("localhost") {
+            return false;
+        }
         match self.target.to_socket_addrs() {
             Ok(mut found) => found.len() > 0 && found.all(|address| loopback(address.ip())),
             Err(_) => false,
@@ -239,6 +266,11 @@ mod tests {
         assert!(!format!("{address:?}").contains("AAAA"));
         let error = parse(&text[..text.len() - 1]).unwrap_err();
         assert!(error.contains("copy all") && !error.contains("AAAA"), "{error}");
+        // However it is mistaken.
+        for wrong in ["192.0.2.7", "tsl://192.0.2.7:7000", "tls://192.0.2.7", "tls://:7000", "tcp://192.0.2.7:7000"] {
+            let error = parse(&format!("{wrong}/{secret}")).unwrap_err();
+            assert!(error.contains("/...") && !error.contains("AAAA"), "{error}");
+        }
         let both = format!("{text},quic://[2001:db8::7]:1/{secret}");
         assert_eq!(parse(&both).unwrap().connection_string(), both);
     }

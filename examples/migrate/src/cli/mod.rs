@@ -10,7 +10,7 @@ mod limits;
 mod security;
 pub(crate) mod units;
 
-pub(crate) use address::{Address, NetAddress, Scheme};
+pub(crate) use address::{Address, NetAddress, Scheme, without_pairings};
 pub(crate) use demo::DemoTransport;
 pub(crate) use encoding::Encoding;
 pub(crate) use exit::ExitStatus;
