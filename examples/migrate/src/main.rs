@@ -30,7 +30,7 @@ fn main() -> ExitCode {
         Ok(cli) => roles::run(&cli.command).into(),
         Err(answer) => {
             // Nobody is left to tell if this cannot be printed.
-            let _ = match cli::without_pairings(&answer.render().to_string()) {
+            let _ = match answer.use_stderr().then(|| cli::without_pairings(&answer.render().to_string())).flatten() {
                 Some(text) => std::io::stderr().write_all(text.as_bytes()),
                 None => answer.print(),
             };
