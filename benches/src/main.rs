@@ -16,6 +16,8 @@ mod peer;
 mod plain;
 mod process;
 mod scratch;
+#[expect(dead_code, reason = "the commands that fill it follow")]
+mod study;
 #[allow(unsafe_code)]
 mod sys;
 
