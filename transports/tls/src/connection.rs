@@ -1,7 +1,4 @@
-//! One TLS connection without its socket: records in, plaintext out, and the other way.
-//!
-//! It is rustls' interface without buffers of its own, so that a frame is encrypted into one buffer that goes out with
-//! one system call, and received records are decrypted where they lie.
+//! One TLS connection without its socket, until the peer has been let in: records in, plaintext out, and the other way.
 
 use std::sync::Arc;
 
@@ -13,8 +10,10 @@ use rustls::unbuffered::{
 };
 use rustls::{ClientConfig, CommonState, Error, ServerConfig};
 
+use crate::record::{Keys, Opener, Sealer, directions};
+
 /// Plaintext bytes of the longest record.
-const RECORD: usize = 16 << 10;
+pub(crate) const RECORD: usize = 16 << 10;
 
 /// More bytes than a record's header, content type and tag take.
 const OVERHEAD: usize = 32;
@@ -38,12 +37,18 @@ impl Outgoing {
         self.end = 0;
     }
 
-    fn room(&mut self, len: usize) -> &mut [u8] {
+    /// Memory for so many bytes more, which are sent only if they are [kept](Self::keep).
+    pub(crate) fn room(&mut self, len: usize) -> &mut [u8] {
         let end = self.end + len;
         if self.bytes.len() < end {
             self.bytes.resize(end, 0);
         }
         &mut self.bytes[self.end..end]
+    }
+
+    /// Adds the first bytes of the room.
+    pub(crate) fn keep(&mut self, len: usize) {
+        self.end += len;
     }
 
     /// Takes over what `from` holds.
@@ -115,6 +120,23 @@ impl Connection {
         self.state().peer_certificates()
     }
 
+    /// Both directions, each for itself. Everything received so far must have been worked on, and everything to send be sent.
+    pub(crate) fn into_directions(self) -> Result<(Sealer, Opener), Error> {
+        if self.broken || self.peer_closed {
+            return Err(unexpected("that has ended"));
+        }
+        match self.side {
+            Side::Source(connection) => {
+                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
+                directions(secrets, Keys::Source(keys))
+            }
+            Side::Destination(connection) => {
+                let (secrets, keys) = connection.dangerous_into_kernel_connection()?;
+                directions(secrets, Keys::Destination(keys))
+            }
+        }
+    }
+
     /// Works on received bytes; gives out what was in them, and how many are used up. After an error, `replies` holds
     /// what is to be said to the peer, and the connection is good for nothing more.
     pub(crate) fn advance(
@@ -163,23 +185,18 @@ impl Connection {
 
     /// Encrypts.
     pub(crate) fn seal(&mut self, plaintext: &[u8], outgoing: &mut Outgoing) -> Result<(), Error> {
-        self.write(Job::Seal(plaintext), outgoing)
-    }
-
-    /// Says that no more will come.
-    pub(crate) fn goodbye(&mut self, outgoing: &mut Outgoing) -> Result<(), Error> {
-        self.write(Job::Goodbye, outgoing)
-    }
-
-    fn write(&mut self, job: Job<'_>, outgoing: &mut Outgoing) -> Result<(), Error> {
         if self.broken {
             return Err(unexpected("that is broken"));
         }
         loop {
             let replies = &mut self.replies;
             let written = match &mut self.side {
-                Side::Source(connection) => write(connection.process_tls_records(&mut []), job, replies, outgoing),
-                Side::Destination(connection) => write(connection.process_tls_records(&mut []), job, replies, outgoing),
+                Side::Source(connection) => {
+                    write(connection.process_tls_records(&mut []), plaintext, replies, outgoing)
+                }
+                Side::Destination(connection) => {
+                    write(connection.process_tls_records(&mut []), plaintext, replies, outgoing)
+                }
             };
             match written? {
                 Written::All => return Ok(()),
@@ -188,13 +205,6 @@ impl Connection {
             }
         }
     }
-}
-
-/// What to write.
-#[derive(Clone, Copy)]
-enum Job<'a> {
-    Seal(&'a [u8]),
-    Goodbye,
 }
 
 /// What has been written.
@@ -249,14 +259,14 @@ fn read<D>(
 
 fn write<D>(
     status: UnbufferedStatus<'_, '_, D>,
-    job: Job<'_>,
+    plaintext: &[u8],
     replies: &mut Outgoing,
     outgoing: &mut Outgoing,
 ) -> Result<Written, Error> {
     match status.state? {
         ConnectionState::WriteTraffic(traffic) => {
             outgoing.take(replies);
-            perform(traffic, job, outgoing)?;
+            encrypt(traffic, plaintext, outgoing)?;
             Ok(Written::All)
         }
         ConnectionState::EncodeTlsData(mut data) => {
@@ -273,20 +283,12 @@ fn write<D>(
     }
 }
 
-fn perform<D>(mut traffic: WriteTraffic<'_, D>, job: Job<'_>, outgoing: &mut Outgoing) -> Result<(), Error> {
-    let mut room = match job {
-        Job::Seal(plaintext) => plaintext.len() + plaintext.len().div_ceil(RECORD) * OVERHEAD + EXTRA,
-        Job::Goodbye => EXTRA,
-    };
+fn encrypt<D>(mut traffic: WriteTraffic<'_, D>, plaintext: &[u8], outgoing: &mut Outgoing) -> Result<(), Error> {
+    let mut room = plaintext.len() + plaintext.len().div_ceil(RECORD) * OVERHEAD + EXTRA;
     loop {
-        let space = outgoing.room(room);
-        let written = match job {
-            Job::Seal(plaintext) => traffic.encrypt(plaintext, space),
-            Job::Goodbye => traffic.queue_close_notify(space),
-        };
-        match written {
+        match traffic.encrypt(plaintext, outgoing.room(room)) {
             Ok(len) => {
-                outgoing.end += len;
+                outgoing.keep(len);
                 return Ok(());
             }
             Err(EncryptError::InsufficientSize(InsufficientSizeError { required_size })) if required_size > room => {
@@ -308,6 +310,6 @@ fn encode(
         }
         other => other,
     };
-    replies.end += len.map_err(|_| Error::EncryptError)?;
+    replies.keep(len.map_err(|_| Error::EncryptError)?);
     Ok(())
 }

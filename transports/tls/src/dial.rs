@@ -41,7 +41,7 @@ impl TlsDialer {
         let mut tls = Connection::source(self.identity.tls(), name)?;
         let rest = ask(&mut tls, &socket, self.identity.proof(), deadline)?;
         without_deadline(&socket).map_err(|_| TlsFailure::Ended)?;
-        Ok(TlsLane::open(socket, peer, tls, rest))
+        Ok(TlsLane::open(socket, peer, tls, rest)?)
     }
 }
 

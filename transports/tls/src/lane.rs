@@ -1,7 +1,6 @@
 //! A lane over one TLS connection.
 //!
-//! The connection's state is under a lock that is held while records are encrypted or decrypted and never while the
-//! socket is waited for, so that the directions do not hold each other up. A destination's lane is opened by a thread
+//! Once the peer has been let in the directions have nothing in common but the socket and the next keys. A destination's lane is opened by a thread
 //! of its own, or by whoever uses it first: the handshake with a stranger is nothing that `accept` could wait for.
 
 use std::io::{self, IoSlice};
@@ -15,10 +14,11 @@ use pageferry::wire::{FrameBuffer, HEADER_LEN};
 use pageferry_tcp::{LaneFailure, explain};
 use socket2::Socket;
 
-use crate::connection::{Connection, Next, Outgoing};
+use crate::connection::{Connection, Outgoing};
 use crate::error::TlsFailure;
 use crate::identity::DestinationIdentity;
 use crate::opening::{Remainder, answer};
+use crate::record::{Opened, Opener, Sealer};
 use crate::socket::{Deadline, Incoming, send_all, send_if_possible, without_deadline};
 
 /// Most time that a source may take to be let in, if the host does not end it before.
@@ -45,8 +45,15 @@ pub(crate) struct TlsLane {
 
 impl TlsLane {
     /// A lane that is open.
-    pub(crate) fn open(socket: Socket, peer: SocketAddr, connection: Connection, rest: Remainder) -> Self {
-        Self { hold: Hold::new(Link::new(socket, connection, Opening::Done(Some(rest)))), peer }
+    pub(crate) fn open(
+        socket: Socket,
+        peer: SocketAddr,
+        connection: Connection,
+        rest: Remainder,
+    ) -> Result<Self, rustls::Error> {
+        let (sealer, opener) = connection.into_directions()?;
+        let opening = Opening::Done(Some(Received::new(opener, rest)));
+        Ok(Self { hold: Hold::new(Link::new(socket, Some(sealer), opening)), peer })
     }
 
     /// A lane whose caller is yet to be heard.
@@ -56,8 +63,8 @@ impl TlsLane {
         connection: Connection,
         identity: DestinationIdentity,
     ) -> Self {
-        let opening = Opening::Waiting { identity, from: peer.ip() };
-        Self { hold: Hold::new(Link::new(socket, connection, opening)), peer }
+        let opening = Opening::Waiting(Some(Box::new(Caller { connection, identity, from: peer.ip() })));
+        Self { hold: Hold::new(Link::new(socket, None, opening)), peer }
     }
 
     /// Opens the lane, unless somebody does it already: to be called on a thread that has time. Ends when the lane is
@@ -89,28 +96,40 @@ impl Lane for TlsLane {
 /// What the halves share.
 struct Link {
     socket: Socket,
-    /// Locked after `sending`, if both are.
-    connection: Mutex<Connection>,
     /// Held while a frame is sent, so that records go out in the order of their numbers.
-    sending: Mutex<Outgoing>,
+    sending: Mutex<Sending>,
     opening: Mutex<Opening>,
     open: AtomicBool,
     closed: AtomicBool,
 }
 
+/// The sending direction, once there is one.
+struct Sending {
+    sealer: Option<Sealer>,
+    outgoing: Outgoing,
+}
+
 enum Opening {
-    Waiting { identity: DestinationIdentity, from: IpAddr },
-    Done(Option<Remainder>),
+    /// Nobody has listened to the caller yet, or somebody is about to.
+    Waiting(Option<Box<Caller>>),
+    /// The receiving direction, until the receiver has it.
+    Done(Option<Received>),
     Failed(String),
 }
 
+/// Somebody who wants to be let in.
+struct Caller {
+    connection: Connection,
+    identity: DestinationIdentity,
+    from: IpAddr,
+}
+
 impl Link {
-    fn new(socket: Socket, connection: Connection, opening: Opening) -> Self {
+    fn new(socket: Socket, sealer: Option<Sealer>, opening: Opening) -> Self {
         let open = matches!(opening, Opening::Done(_));
         Self {
             socket,
-            connection: Mutex::new(connection),
-            sending: Mutex::default(),
+            sending: Mutex::new(Sending { sealer, outgoing: Outgoing::default() }),
             opening: Mutex::new(opening),
             open: open.into(),
             closed: false.into(),
@@ -126,16 +145,13 @@ impl Link {
             return Ok(());
         }
         let mut opening = lock(&self.opening);
-        let result = match &*opening {
+        let caller = match &mut *opening {
             Opening::Done(_) => return Ok(()),
             Opening::Failed(why) => return Err(TlsFailure::NeverOpened(why.clone()).into()),
-            Opening::Waiting { identity, from } => {
-                let deadline = Deadline::starting(Instant::now(), OPENING_LIMIT);
-                answer(&mut lock(&self.connection), &self.socket, identity, *from, deadline)
-            }
+            Opening::Waiting(caller) => caller.take(),
         };
-        let rest = match result {
-            Ok(rest) => rest,
+        let received = match caller.ok_or(TlsFailure::Ended).and_then(|caller| self.listen_to(*caller)) {
+            Ok(received) => received,
             Err(failure) => {
                 *opening = Opening::Failed(failure.to_string());
                 // Nobody has anything more to say; without this, the peer would wait until the lane is dropped.
@@ -144,15 +160,24 @@ impl Link {
             }
         };
         without_deadline(&self.socket)?;
-        *opening = Opening::Done(Some(rest));
+        *opening = Opening::Done(Some(received));
         self.open.store(true, Ordering::Release);
         Ok(())
     }
 
-    /// What came with the opening.
-    fn remainder(&self) -> Option<Remainder> {
+    fn listen_to(&self, caller: Caller) -> Result<Received, TlsFailure> {
+        let Caller { mut connection, identity, from } = caller;
+        let deadline = Deadline::starting(Instant::now(), OPENING_LIMIT);
+        let rest = answer(&mut connection, &self.socket, &identity, from, deadline)?;
+        let (sealer, opener) = connection.into_directions()?;
+        lock(&self.sending).sealer = Some(sealer);
+        Ok(Received::new(opener, rest))
+    }
+
+    /// The receiving direction, for the one who asks first.
+    fn received(&self) -> Option<Received> {
         match &mut *lock(&self.opening) {
-            Opening::Done(rest) => rest.take(),
+            Opening::Done(received) => received.take(),
             _ => None,
         }
     }
@@ -160,26 +185,21 @@ impl Link {
     /// Ends both directions.
     fn close(&self) {
         if !self.closed.swap(true, Ordering::AcqRel) {
-            self.say_goodbye();
+            self.say(Sealer::goodbye);
         }
         // Fails only where there is no connection left to end.
         let _ = self.socket.shutdown(Shutdown::Both);
     }
 
-    /// Tells the peer that this is the end, if that is possible without waiting for anybody.
-    fn say_goodbye(&self) {
+    /// Tells the peer something that is the last, if that is possible without waiting for anybody.
+    fn say(&self, what: impl FnOnce(&mut Sealer, &mut Outgoing) -> Result<(), rustls::Error>) {
         let Ok(mut sending) = self.sending.try_lock() else { return };
-        if self.open.load(Ordering::Acquire) && lock(&self.connection).goodbye(&mut sending).is_ok() {
-            send_if_possible(&self.socket, sending.bytes());
+        let Sending { sealer: Some(sealer), outgoing } = &mut *sending else { return };
+        outgoing.clear();
+        if what(sealer, outgoing).is_ok() {
+            send_if_possible(&self.socket, outgoing.bytes());
         }
-        sending.clear();
-    }
-
-    /// Tells the peer why this side ends the connection, if that is possible without waiting for anybody.
-    fn send_alert(&self) {
-        let Ok(sending) = self.sending.try_lock() else { return };
-        send_if_possible(&self.socket, lock(&self.connection).replies.bytes());
-        drop(sending);
+        outgoing.clear();
     }
 }
 
@@ -215,9 +235,12 @@ impl LaneSender for TlsSender {
         let link = self.hold.link();
         link.ensure_open()?;
         let mut sending = lock(&link.sending);
-        sending.clear();
+        let Sending { sealer: Some(sealer), outgoing } = &mut *sending else {
+            return Err(TlsFailure::Ended.into());
+        };
+        outgoing.clear();
         self.small.clear();
-        let mut post = Post { link, outgoing: &mut sending };
+        let mut post = Post { link, sealer, outgoing };
         for part in frame.iter() {
             if part.len() < SMALL {
                 self.small.extend_from_slice(part);
@@ -239,13 +262,14 @@ impl LaneSender for TlsSender {
 /// A frame on its way out.
 struct Post<'a> {
     link: &'a Link,
+    sealer: &'a mut Sealer,
     outgoing: &'a mut Outgoing,
 }
 
 impl Post<'_> {
     fn seal(&mut self, plaintext: &[u8]) -> io::Result<()> {
         for piece in plaintext.chunks(SEND) {
-            lock(&self.link.connection).seal(piece, self.outgoing).map_err(TlsFailure::from)?;
+            self.sealer.seal(piece, self.outgoing).map_err(TlsFailure::from)?;
             if self.outgoing.bytes().len() >= SEND {
                 self.flush()?;
             }
@@ -269,46 +293,54 @@ impl LaneReceiver for TlsReceiver {
     fn receive(&mut self, frame: &mut FrameBuffer) -> io::Result<()> {
         let link = self.hold.link();
         link.ensure_open()?;
-        let received = self.received.get_or_insert_with(|| Received::new(link.remainder()));
+        if self.received.is_none() {
+            self.received = link.received();
+        }
+        let received = self.received.as_mut().ok_or(TlsFailure::ClosedHere)?;
         received.fill(link, frame.prepare(HEADER_LEN)?, true)?;
         let body = frame.announced_body()?;
         received.fill(link, frame.extend(body)?, false)
     }
 }
 
-/// Bytes from the peer: records that wait to be decrypted, and what is left of the last one that was.
+/// The receiving direction: records that wait to be opened, and what is left of the last one that was.
 struct Received {
+    opener: Opener,
     incoming: Incoming,
     plaintext: Vec<u8>,
     start: usize,
+    peer_closed: bool,
+}
+
+/// What has to happen before more can be opened.
+enum Next {
+    Nothing,
+    Receive,
+    PeerClosed,
 }
 
 impl Received {
-    fn new(rest: Option<Remainder>) -> Self {
-        match rest {
-            Some(mut rest) => Self { incoming: rest.incoming.moved(RECEIVE), plaintext: rest.plaintext, start: 0 },
-            None => Self { incoming: Incoming::new(RECEIVE), plaintext: Vec::new(), start: 0 },
-        }
+    fn new(opener: Opener, rest: Remainder) -> Self {
+        let Remainder { incoming, plaintext } = rest;
+        Self { opener, incoming, plaintext, start: 0, peer_closed: false }
     }
 
     /// Fills the slice. If the lane ends before its first byte, that is the lane's end in order where a frame begins.
     fn fill(&mut self, link: &Link, into: &mut [u8], begins: bool) -> io::Result<()> {
         let mut filled = self.take(into);
         while filled < into.len() {
-            let next = match self.decrypt(link, into, &mut filled) {
+            let next = match self.open(into, &mut filled) {
                 Ok(next) => next,
                 Err(error) => {
-                    link.send_alert();
+                    link.say(|sealer, outgoing| sealer.alert(&error, outgoing));
                     return Err(TlsFailure::from(error).into());
                 }
             };
-            let missing = into.len() - filled;
             match next {
-                _ if missing == 0 => {}
-                Next::Again => {}
+                Next::Nothing => {}
                 Next::PeerClosed if begins && filled == 0 => return Err(LaneFailure::Closed.into()),
-                Next::PeerClosed => return Err(LaneFailure::Cut { missing }.into()),
-                Next::Starved => self.receive(link)?,
+                Next::PeerClosed => return Err(LaneFailure::Cut { missing: into.len() - filled }.into()),
+                Next::Receive => self.receive(link)?,
             }
         }
         Ok(())
@@ -326,27 +358,38 @@ impl Received {
         len
     }
 
-    /// Decrypts what is there until the slice is full.
-    fn decrypt(&mut self, link: &Link, into: &mut [u8], filled: &mut usize) -> Result<Next, rustls::Error> {
-        let mut connection = lock(&link.connection);
-        loop {
-            let rest = &mut self.plaintext;
-            let mut place = |plaintext: &[u8]| {
-                let len = plaintext.len().min(into.len() - *filled);
-                let (now, later) = plaintext.split_at(len);
-                into[*filled..][..len].copy_from_slice(now);
-                *filled += len;
-                rest.extend_from_slice(later);
+    /// Opens what is there until the slice is full.
+    fn open(&mut self, into: &mut [u8], filled: &mut usize) -> Result<Next, rustls::Error> {
+        while *filled < into.len() && !self.peer_closed {
+            let incoming = self.incoming.unread();
+            let used = match self.opener.open(incoming, &mut into[*filled..])? {
+                Opened::Starved => return Ok(Next::Receive),
+                Opened::Placed { used, len } => {
+                    *filled += len;
+                    used
+                }
+                Opened::Held { used, data } => {
+                    let data = &incoming[data];
+                    let (now, later) = data.split_at(data.len().min(into.len() - *filled));
+                    into[*filled..][..now.len()].copy_from_slice(now);
+                    *filled += now.len();
+                    self.plaintext.extend_from_slice(later);
+                    used
+                }
+                Opened::PeerClosed => {
+                    self.peer_closed = true;
+                    0
+                }
             };
-            let (used, next) = connection.advance(self.incoming.unread(), &mut place)?;
             self.incoming.consume(used);
-            if next != Next::Again || *filled == into.len() {
-                return Ok(next);
-            }
         }
+        Ok(if *filled == into.len() { Next::Nothing } else { Next::PeerClosed })
     }
 
     fn receive(&mut self, link: &Link) -> io::Result<()> {
+        if self.incoming.capacity() < RECEIVE {
+            self.incoming = self.incoming.moved(RECEIVE);
+        }
         match self.incoming.receive(&link.socket) {
             Ok(0) if link.closed.load(Ordering::Acquire) => Err(TlsFailure::ClosedHere.into()),
             Ok(0) => Err(TlsFailure::Cut.into()),

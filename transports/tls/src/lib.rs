@@ -18,6 +18,7 @@ mod error;
 mod identity;
 mod lane;
 mod opening;
+mod record;
 mod socket;
 
 pub use accept::TlsAcceptor;

@@ -154,6 +154,8 @@ fn server_name(name: &str) -> Result<ServerName<'static>, IdentityFailure> {
 fn shared(mut tls: ClientConfig) -> Arc<ClientConfig> {
     tls.alpn_protocols = vec![PROTOCOL.to_vec()];
     tls.resumption = Resumption::disabled();
+    // Records are this crate's: see `record.rs`.
+    tls.enable_secret_extraction = true;
     Arc::new(tls)
 }
 
@@ -162,5 +164,6 @@ fn served(mut tls: ServerConfig) -> Arc<ServerConfig> {
     tls.alpn_protocols = vec![PROTOCOL.to_vec()];
     tls.session_storage = Arc::new(rustls::server::NoServerSessionStorage {});
     tls.send_tls13_tickets = 0;
+    tls.enable_secret_extraction = true;
     Arc::new(tls)
 }
