@@ -1,5 +1,5 @@
 //! One lane, and one bare stream of quinn with the same parameters, in turns, on loopback: `cargo run --release -p
-//! pageferry-quic --example quic_throughput [GiB] [turns] [lanes]`. Both ends are in this process; frames are of 512 KiB.
+//! pageferry-quic --example quic_throughput [GiB] [turns] [lanes] [only bare or lanes]`. Both ends are in this process; frames are of 512 KiB.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use std::io::IoSlice;
@@ -116,8 +116,10 @@ fn main() {
     let number = |at| std::env::args().nth(at).and_then(|text| text.parse::<usize>().ok());
     let frames = number(1).unwrap_or(2) * (1 << 30) / FRAME;
     for _ in 0..number(2).unwrap_or(3) {
-        let theirs = bare_stream(frames);
-        let ours = lanes(frames, number(3).unwrap_or(1) as u16);
+        let only = std::env::args().nth(4);
+        let (bare, ours) = (only.as_deref() != Some("lanes"), only.as_deref() != Some("bare"));
+        let theirs = if bare { bare_stream(frames) } else { 1.0 };
+        let ours = if ours { lanes(frames, number(3).unwrap_or(1) as u16) } else { 1.0 };
         println!("bare {theirs:.2} GB/s, lanes {ours:.2} GB/s: {:.2}", ours / theirs);
     }
 }

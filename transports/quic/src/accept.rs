@@ -63,7 +63,7 @@ impl QuicAcceptor {
         }
         let socket = socket?;
         let local = socket.local_addr().map_err(refuse)?;
-        let mut transport = options.transport(local.ip().is_loopback());
+        let mut transport = options.transport();
         transport.max_concurrent_bidi_streams(VarInt::from_u32(1)).receive_window(VarInt::from_u32(GREETING_WINDOW));
         let mut server = config::server(&identity, transport).map_err(|failure| refuse(failure.into()))?;
         server.max_incoming(MAX_STRANGERS);

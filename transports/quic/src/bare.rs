@@ -16,7 +16,7 @@ pub type Failure = Box<dyn std::error::Error + Send + Sync>;
 const SEND_WINDOW: u64 = 10_000_000;
 
 fn transport(options: &QuicOptions) -> TransportConfig {
-    let mut transport = options.transport(true);
+    let mut transport = options.transport();
     transport
         .max_concurrent_uni_streams(VarInt::from_u32(1))
         .receive_window(VarInt::from_u32(LANE_WINDOW))

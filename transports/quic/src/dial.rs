@@ -113,7 +113,7 @@ impl QuicDialer {
 
     fn connect(&self, host: &Host, address: SocketAddr, timeout: Duration) -> Result<Connection, QuicFailure> {
         let name = self.identity.server_name(&self.target)?.to_str().into_owned();
-        let mut transport = self.options.transport(address.ip().is_loopback());
+        let mut transport = self.options.transport();
         transport.max_concurrent_bidi_streams(VarInt::from_u32(0));
         let (client, note) = config::client(&self.identity, transport)?;
         let begin = || host.endpoint().connect_with(client, address, &name);

@@ -28,11 +28,18 @@ const INITIAL_WINDOW: u64 = 128 << 10;
 /// Bytes that wait in a socket's buffers, as far as the host allows: bursts come faster than threads wake up.
 const SOCKET_BUFFER: usize = 8 << 20;
 
-/// The longest datagram to try where jumbo frames may be: 9000 bytes less the headers of IPv6 and UDP.
-const JUMBO: u16 = 8952;
+/// Datagrams that quinn 0.11 hands to the kernel at once, to be cut apart there.
+const BATCH: u16 = 10;
 
-/// The longest datagram to try on the loopback interface.
-const LONGEST: u16 = 65_000;
+/// The longest datagram to try, where frames are that long. The kernel takes no more than 65,507 bytes at once, and quinn
+/// does not notice when it refuses: of longer datagrams whole batches would be lost again and again, and with them the
+/// belief that the path carries them.
+const LONGEST: u16 = 65_507 / BATCH;
+
+/// How long after losses that looked like a path of shorter datagrams longer ones are tried again. On a full queue losses
+/// look like that every few seconds, and short datagrams cost several times the CPU time; where the path really has
+/// changed, this costs a dozen probes each time.
+const RETRY_LONGER: Duration = Duration::from_millis(500);
 
 /// Choices for both ends. The defaults are meant to be right for a migration network.
 #[derive(Clone, Debug)]
@@ -57,10 +64,10 @@ impl Default for QuicOptions {
 }
 
 impl QuicOptions {
-    /// The parameters of a connection to or from there.
-    pub(crate) fn transport(&self, loopback: bool) -> TransportConfig {
+    /// The parameters of a connection.
+    pub(crate) fn transport(&self) -> TransportConfig {
         let mut discovery = MtuDiscoveryConfig::default();
-        discovery.upper_bound(if loopback { LONGEST } else { JUMBO });
+        discovery.upper_bound(LONGEST).black_hole_cooldown(RETRY_LONGER);
         let mut congestion = CubicConfig::default();
         congestion.initial_window(INITIAL_WINDOW);
         let silence = self.dead_peer_after.clamp(Duration::from_secs(1), Duration::from_secs(24 * 3600));
