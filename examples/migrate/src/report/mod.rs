@@ -3,6 +3,7 @@
 
 mod cost;
 mod stages;
+mod stalls;
 mod tables;
 
 pub(crate) use cost::{Cost, CostClock};
@@ -17,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::cli::ExitStatus;
 use stages::StagesLine;
+use stalls::GuestStalls;
 
 /// How the migration ended.
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Eq, Debug)]
@@ -88,6 +90,8 @@ pub(crate) struct FinalReport {
     /// the hosts' wall clocks, since the guest's may stand still there. Of the two the longer counts: between
     /// two hosts it is as right as their clocks agree.
     pub(crate) guest_longest_stall_ms: Option<f64>,
+    /// The same, by when it was; the first is no part of it.
+    pub(crate) guest_stalls_ms: GuestStalls,
     /// Heartbeats after the migration, on the side that has the guest.
     pub(crate) guest_heartbeats_after: Option<u64>,
     /// Every pass over the memory. Known at the source.
@@ -258,6 +262,7 @@ impl FinalReport {
             downtime_ms: knows_downtime.then(|| ms(report.downtime.total())),
             downtime_parts_ms: knows_downtime.then(|| DowntimeParts::from(&report.downtime)),
             guest_longest_stall_ms: None,
+            guest_stalls_ms: GuestStalls::default(),
             guest_heartbeats_after: None,
             rounds: report.rounds.iter().map(RoundLine::from).collect(),
             wire_bytes: report.wire_bytes,
@@ -322,8 +327,8 @@ impl FinalReport {
         if self.owner == Owner::Source {
             return;
         }
-        let stalls = [self.guest_longest_stall_ms, destination.guest_longest_stall_ms];
-        self.guest_longest_stall_ms = stalls.into_iter().flatten().reduce(f64::max);
+        self.guest_stalls_ms.merge(&destination.guest_stalls_ms);
+        self.guest_longest_stall_ms = self.guest_stalls_ms.longest();
         self.guest_heartbeats_after = destination.guest_heartbeats_after;
         self.guest_self_check.clone_from(&destination.guest_self_check);
         self.guest_pages_checked = destination.guest_pages_checked;
@@ -470,10 +475,10 @@ mod tests {
     #[test]
     fn the_destination_adds_what_only_it_knows() {
         let mut both = completed();
-        both.guest_longest_stall_ms = Some(2.0);
+        both.guest_stalls_ms = GuestStalls { before: Some(8.0), during: Some(2.0), after: None };
         both.cpu_seconds.source = Some(1.0);
         let mut destination = completed();
-        destination.guest_longest_stall_ms = Some(7.0);
+        destination.guest_stalls_ms.during = Some(7.0);
         destination.guest_self_check = Some("ok".to_owned());
         destination.cpu_seconds.destination = Some(3.0);
         both.merge_destination(&destination);

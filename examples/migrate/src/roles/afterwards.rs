@@ -16,10 +16,15 @@ const SETTLE: Duration = Duration::from_secs(1);
 /// How often to look whether the guest has ended.
 const LOOK_UP: Duration = Duration::from_millis(50);
 
-/// Lets the guest run on, then asks it for its stalls and its self-check.
+/// Asks the guest for its stalls, lets it run on, and asks for those since then and for its self-check.
 pub(super) fn question(guest: &mut dyn Guest, operator: &Operator, linger: LingerTime, report: &mut FinalReport) {
-    report.guest_heartbeats_after = count_heartbeats(guest, operator, linger);
-    report.guest_longest_stall_ms = guest.longest_stall().ok().flatten().map(ms);
+    let first = first_heartbeat(guest);
+    report.guest_stalls_ms.during = longest_stall(guest);
+    // One that gave no answer is not asked again and again.
+    let forgot = report.guest_stalls_ms.during.is_some() && guest.reset_stall().is_ok();
+    report.guest_heartbeats_after = count_heartbeats(guest, first, operator, linger);
+    report.guest_stalls_ms.after = if forgot { longest_stall(guest) } else { None };
+    report.guest_longest_stall_ms = report.guest_stalls_ms.longest();
     report.guest_self_check = match guest.self_check() {
         Ok(SelfCheck::Ok { pages }) => {
             report.guest_pages_checked = Some(pages);
@@ -30,6 +35,11 @@ pub(super) fn question(guest: &mut dyn Guest, operator: &Operator, linger: Linge
         Err(error) => Some(format!("no answer: {error}")),
     };
     report.guest_ended = guest.ended();
+}
+
+/// In milliseconds; `None` if this guest does not tell, or does not answer.
+pub(super) fn longest_stall(guest: &mut dyn Guest) -> Option<f64> {
+    guest.longest_stall().ok().flatten().map(ms)
 }
 
 /// Lets the guest run until it ends by itself, which is returned, or the operator ends the program.
@@ -55,13 +65,12 @@ fn run_for(time: Duration, guest: &dyn Guest, operator: &Operator) {
     }
 }
 
-/// Heartbeats while the guest runs on; `None` when it has no heart.
-fn count_heartbeats(guest: &dyn Guest, operator: &Operator, linger: LingerTime) -> Option<u64> {
+/// Heartbeats while the guest runs on, from its first one on; `None` when it has no heart.
+fn count_heartbeats(guest: &dyn Guest, first: Option<u64>, operator: &Operator, linger: LingerTime) -> Option<u64> {
     let time = match linger {
         LingerTime::For(time) => time,
         LingerTime::Forever => SETTLE,
     };
-    let first = first_heartbeat(guest);
     run_for(time, guest, operator);
     Some((guest.heartbeats()? + 1).saturating_sub(first?))
 }

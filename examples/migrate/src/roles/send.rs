@@ -142,6 +142,7 @@ pub(super) fn migrate(
     screen: &Arc<Screen>,
     operator: &Operator,
 ) -> FinalReport {
+    let stall_before = afterwards::longest_stall(guest);
     // A guest that cannot forget its earlier stalls still tells a bound.
     let _ = guest.reset_stall();
     let clock = CostClock::start();
@@ -152,6 +153,7 @@ pub(super) fn migrate(
     let ask = |session| source.settle(guest, Arc::clone(dialer), operator.control(), session);
     let result = settle(result, way.linger, operator, screen, ask);
     let mut report = FinalReport::new(way.role, &result);
+    report.guest_stalls_ms.before = stall_before;
     report.charge(&cost);
     report
 }
