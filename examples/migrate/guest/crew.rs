@@ -7,7 +7,7 @@ use core::cell::UnsafeCell;
 use core::mem::MaybeUninit;
 use core::sync::atomic::Ordering::Relaxed;
 
-use crate::hardware::{arrived, port_read, start_other_vcpus, tsc_khz};
+use crate::hardware::{arrived, port_read, read_byte, start_other_vcpus, tsc_khz};
 use crate::heart::Clock;
 use crate::ledger::{Entry, Ledger};
 use crate::member::{Guest, Member};
@@ -163,7 +163,7 @@ impl Leader {
             let now = self.member.heart.look();
             if now >= self.next_command {
                 self.next_command = now + self.guest().clock.ticks(COMMAND_INTERVAL_MS);
-                if let Some(command) = Command::from_port(port_read(ports::COMMAND)) {
+                if let Some(command) = pending_command() {
                     self.obey(command);
                 }
             }
@@ -255,4 +255,12 @@ fn wrong_page(ledger: &Ledger, wrong_pages: u64) -> WrongPage {
     let mismatch =
         Mismatch { offset, expected: ledger.load(Entry::WrongExpected), found: ledger.load(Entry::WrongFound) };
     WrongPage { address: address - offset as u64, mismatch, wrong_pages }
+}
+
+/// What the host asks, if anything.
+fn pending_command() -> Option<Command> {
+    match port_read(ports::COMMAND) {
+        Command::NO_PORT => Command::from_serial(read_byte()?),
+        value => Command::from_port(value),
+    }
 }

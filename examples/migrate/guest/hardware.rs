@@ -52,6 +52,20 @@ pub(crate) fn print_byte(byte: u8) {
     unsafe { asm!("out dx, al", in("dx") ports::SERIAL_DATA, in("al") byte, options(nostack, preserves_flags)) }
 }
 
+/// A byte that waits on the serial port.
+pub(crate) fn read_byte() -> Option<u8> {
+    // A port that is not there has all bits set, more than any that is.
+    let status = port_read_byte(ports::SERIAL_STATUS);
+    (status != u8::MAX && status & ports::SERIAL_RECEIVED != 0).then(|| port_read_byte(ports::SERIAL_DATA))
+}
+
+fn port_read_byte(port: u16) -> u8 {
+    let value;
+    // SAFETY: as above.
+    unsafe { asm!("in al, dx", in("dx") port, out("al") value, options(nostack, preserves_flags)) }
+    value
+}
+
 /// Writes a 32-bit port. Memory is complete and up to date before and after.
 pub(crate) fn port_write(port: u16, value: u32) {
     // SAFETY: as above.

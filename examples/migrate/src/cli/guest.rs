@@ -83,6 +83,7 @@ impl GuestOptions {
             rate: if self.idle || self.image.is_some() { Rate::BytesPerSecond(0) } else { self.rate },
             writes: self.writes.into(),
             touch_zero: self.touch_zero,
+            used_ram: false,
             vcpus: self.vcpus,
             ..Params::default()
         }

@@ -41,6 +41,8 @@ pub(crate) struct Content {
     pub(crate) writes: Writes,
     /// Whether filling a zero page writes its zeros (so that the page exists) or leaves it untouched.
     pub(crate) touch_zero: bool,
+    /// Whether the memory may hold something before it is filled.
+    pub(crate) used_ram: bool,
 }
 
 impl Content {
@@ -59,9 +61,10 @@ impl Content {
         }
     }
 
-    /// Brings untouched zero memory to generation 0.
+    /// Brings memory to generation 0: untouched zero memory, if it is not said to be used.
     pub(crate) fn fill(&self, page: u64, at: LivePage) {
-        if self.touch_zero || self.kind(page) != Kind::Zero {
+        let is_there = self.kind(page) == Kind::Zero && (!self.used_ram || at.compare(&Page::ZERO).is_ok());
+        if self.touch_zero || !is_there {
             at.store(&self.expected(page, 0));
         }
     }
@@ -271,7 +274,7 @@ mod tests {
     const PAGES: u64 = 16_384;
 
     fn content(writes: Writes) -> Content {
-        Content { seed: 7, mix: EVEN, writes, touch_zero: true }
+        Content { seed: 7, mix: EVEN, writes, touch_zero: true, used_ram: false }
     }
 
     fn live(page: &mut Page) -> LivePage {
@@ -346,6 +349,14 @@ mod tests {
         let mut memory = Page([3; PAGE_WORDS]);
         content.fill(page_of(&content, Kind::Zero), live(&mut memory));
         assert_eq!(memory.0[0], 3);
+    }
+
+    #[test]
+    fn a_zero_page_that_firmware_has_used_is_cleared() {
+        let content = Content { touch_zero: false, used_ram: true, ..content(Writes::Few) };
+        let mut memory = Page([3; PAGE_WORDS]);
+        content.fill(page_of(&content, Kind::Zero), live(&mut memory));
+        assert!(memory == Page::ZERO);
     }
 
     #[test]

@@ -55,6 +55,8 @@ pub(crate) struct Params {
     pub(crate) writes: Writes,
     /// Whether zero pages are written once (with zeros), or never touched.
     pub(crate) touch_zero: bool,
+    /// Whether firmware has used the memory: zero pages are looked at, and cleared where they are not zero.
+    pub(crate) used_ram: bool,
     /// Time between two looks at the clock by vCPU 0, and two beats, when it has nothing better to do.
     pub(crate) heartbeat_ms: u32,
     /// Time between two heartbeat lines on the serial port; 0 for none.
@@ -74,6 +76,7 @@ impl Default for Params {
             rate: Rate::BytesPerSecond(20 << 20),
             writes: Writes::Few,
             touch_zero: false,
+            used_ram: false,
             heartbeat_ms: 1,
             report_ms: 250,
             vcpus: 1,
@@ -98,7 +101,13 @@ impl Params {
 
     /// What the pages of this guest hold.
     pub(crate) const fn content(&self) -> Content {
-        Content { seed: self.seed, mix: self.mix, writes: self.writes, touch_zero: self.touch_zero }
+        Content {
+            seed: self.seed,
+            mix: self.mix,
+            writes: self.writes,
+            touch_zero: self.touch_zero,
+            used_ram: self.used_ram,
+        }
     }
 
     /// Whether the guest writes nothing once it is filled.
@@ -116,6 +125,7 @@ impl Params {
             "idle" => self.rate = Rate::BytesPerSecond(0),
             "writes" => self.writes = value.parse().ok()?,
             "touch-zero" => self.touch_zero = true,
+            "used-ram" => self.used_ram = true,
             "heartbeat" => self.heartbeat_ms = at_least_one(value)?,
             "report" => self.report_ms = value.parse().ok()?,
             "vcpus" => self.vcpus = at_least_one(value)?,
@@ -137,7 +147,8 @@ impl fmt::Display for Params {
         let writes = if self.writes == Writes::Few { "few" } else { "full" };
         write!(to, " writes={writes} heartbeat={} report={}", self.heartbeat_ms, self.report_ms)?;
         write!(to, " vcpus={} tsc_khz={}", self.vcpus, self.tsc_khz)?;
-        if self.touch_zero { write!(to, " touch-zero") } else { Ok(()) }
+        let flags = [(self.touch_zero, " touch-zero"), (self.used_ram, " used-ram")];
+        flags.iter().filter(|(set, _)| *set).try_for_each(|(_, word)| to.write_str(word))
     }
 }
 
@@ -221,6 +232,7 @@ mod tests {
             rate: Rate::Max,
             writes: Writes::Full,
             touch_zero: true,
+            used_ram: true,
             heartbeat_ms: 10,
             report_ms: 0,
             vcpus: 3,
