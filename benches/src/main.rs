@@ -15,8 +15,8 @@ mod over;
 mod peer;
 mod plain;
 mod process;
+mod report;
 mod scratch;
-#[expect(dead_code, reason = "the commands that fill it follow")]
 mod study;
 #[allow(unsafe_code)]
 mod sys;
