@@ -14,17 +14,19 @@ const FORCED: f64 = 2.0;
 #[derive(Clone, Debug)]
 pub(crate) struct Answer<'a> {
     pub(crate) guest: &'a Guest,
-    pub(crate) parts: Vec<Part>,
+    pub(crate) parts: Vec<Part<'a>>,
 }
 
 /// One guest over one link.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct Part {
-    /// `8.61 s over 1 Gbit/s`.
-    pub(crate) ours: String,
-    /// What else must be said: the standstill, how far it was slowed.
+#[derive(Clone, Debug)]
+pub(crate) struct Part<'a> {
+    pub(crate) link: &'a Link,
+    /// `8.61 s`, `given up after 240 s`.
+    pub(crate) time: String,
+    pub(crate) downtime: Option<String>,
+    /// What else must be said: that it was forced, how far the guest was slowed.
     pub(crate) besides: Vec<String>,
-    /// The fastest QEMU; nothing if none was run.
+    /// The fastest of the others; nothing if none was run.
     pub(crate) theirs: Option<String>,
 }
 
@@ -33,33 +35,40 @@ pub(crate) fn answers(study: &Study) -> Vec<Answer<'_>> {
     let first = study.movers.iter().find(|mover| mover.engine == Engine::Pageferry).or(study.movers.first());
     let Some(first) = first else { return Vec::new() };
     let of = |guest| {
-        let parts = study.links.iter().filter_map(|link| {
-            let group = Group::of(study, link, guest, first)?;
-            Some(Part { ours: time(&group), besides: besides(&group), theirs: theirs(study, link, guest, &group) })
-        });
-        Answer { guest, parts: parts.collect() }
+        let groups = study.links.iter().filter_map(|link| Group::of(study, link, guest, first));
+        Answer { guest, parts: groups.map(|group| Part::new(study, &group)).collect() }
     };
     study.guests.iter().map(of).filter(|answer| !answer.parts.is_empty()).collect()
 }
 
-fn time(group: &Group<'_>) -> String {
-    format!("{} over {}", group.time_in_words(), link_words(group.link))
+impl<'a> Part<'a> {
+    fn new(study: &Study, group: &Group<'a>) -> Self {
+        let downtime = group.sample(Quantity::Downtime).median();
+        let known = group.standing.completed > 0 && downtime.is_finite();
+        Self {
+            link: group.link,
+            time: group.time_in_words(),
+            downtime: known.then(|| words::seconds(downtime)),
+            besides: besides(group, downtime),
+            theirs: theirs(study, group),
+        }
+    }
+
+    /// `8.61 s over 1 Gbit/s`, with what else must be said.
+    pub(crate) fn in_words(&self) -> String {
+        let besides = if self.besides.is_empty() { String::new() } else { format!(" ({})", self.besides.join(", ")) };
+        format!("{} over {}{besides}", self.time, words::link(self.link))
+    }
 }
 
-fn link_words(link: &Link) -> String {
-    if link.bits_per_second.is_some() { words::link(link) } else { format!("a link that is {}", words::link(link)) }
-}
-
-fn besides(group: &Group<'_>) -> Vec<String> {
+fn besides(group: &Group<'_>, downtime: f64) -> Vec<String> {
     let mut said = Vec::new();
-    let downtime = group.sample(Quantity::Downtime).median();
-    if group.standing.completed > 0 && downtime.is_finite() {
-        let how = if downtime > DOWNTIME_SECONDS * FORCED { "forced to stand still for" } else { "downtime" };
-        said.push(format!("{how} {}", words::seconds(downtime)));
+    if group.standing.completed > 0 && downtime > DOWNTIME_SECONDS * FORCED {
+        said.push(format!("forced to stand still for {}", words::seconds(downtime)));
     }
     let throttle = group.median_of(|run| run.throttle_percent);
     if throttle > 0.0 {
-        said.push(format!("slowed by up to {} %", words::digits(throttle)));
+        said.push(format!("slowed by up to {} %", words::count(throttle)));
     }
     if group.standing.unverified > 0 {
         said.push("memory not verified".to_owned());
@@ -67,15 +76,15 @@ fn besides(group: &Group<'_>) -> Vec<String> {
     said
 }
 
-fn theirs(study: &Study, link: &Link, guest: &Guest, ours: &Group<'_>) -> Option<String> {
-    let others: Vec<Group<'_>> =
-        cell(study, link, guest).into_iter().filter(|group| group.is_ours() != ours.is_ours()).collect();
+fn theirs(study: &Study, ours: &Group<'_>) -> Option<String> {
+    let all = cell(study, ours.link, ours.guest).into_iter();
+    let others: Vec<Group<'_>> = all.filter(|group| group.is_ours() != ours.is_ours()).collect();
     let finished = others.iter().filter(|group| group.finished());
     let time = |group: &Group<'_>| group.sample(Quantity::Time).median();
     match finished.min_by(|a, b| time(a).total_cmp(&time(b))) {
-        Some(best) => Some(format!("{} {}", best.mover.name, words::seconds(time(best)))),
+        Some(best) => Some(format!("{} with {}", words::seconds(time(best)), best.mover.name)),
         None if others.is_empty() => None,
-        None => Some("no QEMU finished".to_owned()),
+        None => Some("none finished".to_owned()),
     }
 }
 
@@ -86,18 +95,18 @@ pub(crate) fn standing(duels: &[Duel<'_>]) -> Option<String> {
         return None;
     }
     let compared = tally.better + tally.level + tally.worse;
-    let mut words = format!(
+    let mut said = vec![format!(
         "Against the best value of any QEMU setting, quantity by quantity, ours is better in {} of {compared} comparisons, level in {} and worse in {}.",
         tally.better, tally.level, tally.worse
-    );
+    )];
     let mut add = |count: usize, one: &str, many: &str| {
         if count > 0 {
-            words += &format!(" In {count} {}.", if count == 1 { one } else { many });
+            said.push(format!("In {count} {}.", if count == 1 { one } else { many }));
         }
     };
     add(tally.alone, "cell only ours finished", "cells only ours finished");
     add(tally.unfinished, "cell ours did not finish every time", "cells ours did not finish every time");
-    Some(words)
+    Some(said.join(" "))
 }
 
 #[cfg(test)]
@@ -112,8 +121,8 @@ mod tests {
         let answers = answers(&study);
         assert_eq!((answers.len(), answers[0].parts.len()), (study.guests.len(), study.links.len()));
         let part = &answers[0].parts[1];
-        assert!(part.ours.ends_with(" over 1 Gbit/s"), "{part:?}");
-        assert!(part.theirs.as_ref().unwrap().starts_with("qemu-multifd-4-zstd "), "{part:?}");
+        assert!(part.in_words().ends_with(" s over 1 Gbit/s") && part.downtime.is_some(), "{part:?}");
+        assert!(part.theirs.as_ref().unwrap().ends_with(" with qemu-multifd-4-zstd"), "{part:?}");
         assert!(standing(&verdict::duels(&study)).unwrap().contains("comparisons"));
     }
 
@@ -122,12 +131,12 @@ mod tests {
         let mut study = example::small(&[240.0]);
         study.runs[0].downtime_ms = Some(2600.0);
         study.runs[0].throttle_percent = 80.0;
-        let part = answers(&study)[0].parts[0].clone();
-        assert_eq!(part.besides, ["forced to stand still for 2.60 s", "slowed by up to 80.0 %"]);
-        assert_eq!(part.theirs, None);
+        let words = answers(&study)[0].parts[0].in_words();
+        assert_eq!(words, "240 s over 100 Mbit/s (forced to stand still for 2.60 s, slowed by up to 80 %)");
+        assert_eq!(answers(&study)[0].parts[0].theirs, None);
         study.runs[0].end = End::GivenUp;
-        let part = answers(&study)[0].parts[0].clone();
-        assert_eq!(part.ours, "given up after 240 s over 100 Mbit/s");
+        let words = answers(&study)[0].parts[0].in_words();
+        assert_eq!(words, "given up after 240 s over 100 Mbit/s (slowed by up to 80 %)");
         assert!(standing(&verdict::duels(&study)).is_none());
     }
 }

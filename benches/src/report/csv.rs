@@ -48,7 +48,8 @@ pub(crate) fn csv(study: &Study) -> String {
     let header = COLUMNS.iter().map(|(name, _)| (*name).to_owned()).chain(stages);
     let mut lines = vec![line(header)];
     lines.extend(study.runs.iter().map(|run| {
-        let stages = STAGES.map(|stage| option(run.stages.iter().find(|found| found.name == stage).map(|found| found.bytes)));
+        let stages =
+            STAGES.map(|stage| option(run.stages.iter().find(|found| found.name == stage).map(|found| found.bytes)));
         line(COLUMNS.iter().map(|(_, value)| value(study, run)).chain(stages))
     }));
     lines.concat()
@@ -59,7 +60,11 @@ fn line(fields: impl Iterator<Item = String>) -> String {
 }
 
 fn quoted(field: &str) -> String {
-    if field.contains([',', '"', '\n', '\r']) { format!("\"{}\"", field.replace('"', "\"\"")) } else { field.to_owned() }
+    if field.contains([',', '"', '\n', '\r']) {
+        format!("\"{}\"", field.replace('"', "\"\""))
+    } else {
+        field.to_owned()
+    }
 }
 
 /// Nothing for what is no number.

@@ -59,7 +59,8 @@ pub(crate) fn full() -> Study {
 /// One turn over a relay, ended early, with a failure, a mover that is missing, and names to trip over.
 pub(crate) fn awkward() -> Study {
     let name = "idle <&\"quoted\"> guest";
-    let links = vec![Link { shaper: Shaper::Relay, rtt_ms: 20.0, goodputs: vec![], ..link("10mbit", Some(10_000_000)) }];
+    let links =
+        vec![Link { shaper: Shaper::Relay, rtt_ms: 20.0, goodputs: vec![], ..link("10mbit", Some(10_000_000)) }];
     let mut study = empty(links, vec![guest(name, Writes::Idle, 0, 0), guest("f<i>", Writes::WholePages, GIB, GIB)]);
     study.movers = vec![
         mover("ours", Engine::Pageferry),
@@ -97,7 +98,13 @@ pub(crate) fn nothing() -> Study {
 }
 
 pub(crate) fn all() -> [(&'static str, Study); 5] {
-    [("full", full()), ("awkward", awkward()), ("alone", alone()), ("nothing", nothing()), ("small", small(&[3.0, 1.0]))]
+    [
+        ("full", full()),
+        ("awkward", awkward()),
+        ("alone", alone()),
+        ("nothing", nothing()),
+        ("small", small(&[3.0, 1.0])),
+    ]
 }
 
 fn fill(study: &mut Study, turns: u32) {

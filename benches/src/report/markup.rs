@@ -24,7 +24,9 @@ impl Element {
         Self { name, attributes: Vec::new(), children: Vec::new() }
     }
 
+    /// Sets an attribute, in place of what it was.
     pub(crate) fn with(mut self, name: &'static str, value: impl Display) -> Self {
+        self.attributes.retain(|(set, _)| *set != name);
         self.attributes.push((name, value.to_string()));
         self
     }
@@ -36,6 +38,11 @@ impl Element {
     /// A coordinate or a length in SVG's units: a tenth of a pixel is as fine as anybody sees.
     pub(crate) fn at(self, name: &'static str, value: f64) -> Self {
         self.with(name, number(value))
+    }
+
+    pub(crate) fn has_class(&self, class: &str) -> bool {
+        let classes = self.attributes.iter().filter(|(name, _)| *name == "class");
+        classes.into_iter().any(|(_, set)| set.split(' ').any(|found| found == class))
     }
 
     pub(crate) fn text(mut self, text: impl Into<String>) -> Self {
@@ -73,7 +80,11 @@ impl Element {
         }
         write!(out, "</{}>", self.name)?;
         // A line for each block keeps kept pages comparable with line-wise tools.
-        if matches!(self.name, "g" | "svg" | "tr" | "p" | "section" | "figure" | "li") { out.write_char('\n') } else { Ok(()) }
+        if matches!(self.name, "g" | "svg" | "tr" | "p" | "section" | "figure" | "li") {
+            out.write_char('\n')
+        } else {
+            Ok(())
+        }
     }
 }
 

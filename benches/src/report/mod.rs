@@ -5,9 +5,11 @@
 mod answer;
 mod charts;
 mod csv;
+pub(crate) mod difference;
 #[cfg(test)]
 pub(crate) mod example;
 pub(crate) mod group;
+pub(crate) mod kept;
 mod markup;
 mod outlook;
 mod page;

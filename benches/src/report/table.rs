@@ -31,9 +31,17 @@ pub(crate) fn table(study: &Study) -> String {
             continue;
         }
         let rate = words::bits(link.payload_rate() * 8.0);
-        put(&mut text, format_args!("{} ({}; a plain copy gets {rate}; {})\n", link.name, words::link(link), words::shaper(link.shaper)));
+        put(
+            &mut text,
+            format_args!(
+                "{} ({}; a plain copy gets {rate}; {})\n",
+                link.name,
+                words::link(link),
+                words::shaper(link.shaper)
+            ),
+        );
         put(&mut text, format_args!("{}", aligned(&TITLES.map(str::to_owned), &widths)));
-        here.iter().for_each(|row| put(&mut text, format_args!("{}", aligned(row, &widths))));
+        text.extend(here.iter().map(|row| aligned(row, &widths)));
         text.push('\n');
     }
     if rows.is_empty() {
@@ -66,7 +74,7 @@ fn row(group: &Group<'_>, first: bool) -> [String; 9] {
         shown(Quantity::Stall),
         shown(Quantity::Bytes),
         shown(Quantity::Cpu),
-        words::digits(group.median_of(|run| run.rounds as f64)).trim_end_matches(".00").to_owned(),
+        words::count(group.median_of(|run| run.rounds as f64)),
         if throttle > 0.0 { format!("{throttle:.0} %") } else { words::NOTHING.to_owned() },
     ]
 }
@@ -74,7 +82,10 @@ fn row(group: &Group<'_>, first: bool) -> [String; 9] {
 fn aligned(cells: &[String; 9], widths: &[usize; 9]) -> String {
     let mut line = String::from(" ");
     for (index, (cell, width)) in cells.iter().zip(widths).enumerate() {
-        line += &if index < 2 { format!(" {cell:<width$}") } else { format!("  {cell:>width$}") };
+        match index {
+            0 | 1 => put(&mut line, format_args!(" {cell:<width$}")),
+            _ => put(&mut line, format_args!("  {cell:>width$}")),
+        }
     }
     line.trim_end().to_owned() + "\n"
 }
@@ -103,7 +114,10 @@ fn behind(study: &Study) -> String {
     for loss in losses(study, &duels) {
         let why = loss.remark.unwrap_or(NO_REASON);
         let (guest, link, quantity) = (loss.guest, loss.link, loss.quantity.title());
-        put(&mut text, format_args!("  behind: {guest} over {link}, {} {quantity}: {} ({why})\n", loss.mover, loss.words));
+        put(
+            &mut text,
+            format_args!("  behind: {guest} over {link}, {} {quantity}: {} ({why})\n", loss.mover, loss.words),
+        );
     }
     for note in &study.notes {
         put(&mut text, format_args!("  note: {note}\n"));

@@ -83,7 +83,6 @@ pub(crate) struct Duel<'a> {
     /// How many settings of QEMU were run here, and those that finished every time.
     pub(crate) qemus: usize,
     pub(crate) finishers: Vec<Group<'a>>,
-    pub(crate) fastest: Option<&'a Mover>,
     pub(crate) rows: Vec<Row<'a>>,
 }
 
@@ -122,8 +121,8 @@ impl<'a> Duel<'a> {
             let (fastest, best) = (against(fastest), against(least(&finishers, quantity)));
             Row { quantity, fastest, best, ours: values }
         });
-        let (fastest, qemus) = (fastest.map(|group| group.mover), others().count());
-        Self { link: ours.link, guest: ours.guest, rows: rows.into(), qemus, fastest, finishers, ours }
+        let qemus = others().count();
+        Self { link: ours.link, guest: ours.guest, rows: rows.into(), qemus, finishers, ours }
     }
 
     pub(crate) fn is_alone(&self) -> bool {
@@ -134,7 +133,8 @@ impl<'a> Duel<'a> {
         let (link, guest, mover) = (self.link.name.as_str(), self.guest.name.as_str(), self.ours.mover.name.as_str());
         let loss = move |quantity: Quantity, words: String| {
             let remark = study.remarks.iter().find(|remark| {
-                (remark.link.as_str(), remark.guest.as_str(), remark.quantity.as_str()) == (link, guest, quantity.name())
+                (remark.link.as_str(), remark.guest.as_str(), remark.quantity.as_str())
+                    == (link, guest, quantity.name())
             });
             Loss { link, guest, mover, quantity, words, remark: remark.map(|remark| remark.text.as_str()) }
         };
@@ -203,7 +203,9 @@ mod tests {
         for (name, times) in [("qemu-plain", plain), ("qemu-packed", packed)] {
             let mover = Mover { name: name.to_owned(), engine: Engine::Qemu, ..study.movers[0].clone() };
             let mut others = example::small(times).runs;
-            others.iter_mut().for_each(|run| name.clone_into(&mut run.mover));
+            for run in &mut others {
+                name.clone_into(&mut run.mover);
+            }
             study.runs.extend(others);
             study.movers.push(mover);
         }
@@ -232,7 +234,7 @@ mod tests {
         let mut study = study(&[5.0], &[6.0, 6.2], &[1.0, 1.0]);
         study.runs.last_mut().unwrap().end = End::Failed("lost".to_owned());
         let duels = duels(&study);
-        assert_eq!(duels[0].fastest.unwrap().name, "qemu-plain");
+        assert_eq!(duels[0].rows[0].fastest.as_ref().unwrap().mover.name, "qemu-plain");
         assert_eq!((duels[0].qemus, duels[0].finishers.len()), (2, 1));
         let time = duels[0].rows[0].best.as_ref().unwrap();
         assert!((time.ratio - 5.0 / 6.1).abs() < 1e-9 && time.judgement == Judgement::Better);

@@ -1,6 +1,6 @@
 //! Numbers as people say them.
 
-use crate::study::{Guest, Link, Run, Shaper, Writes, End};
+use crate::study::{End, Guest, Link, Run, Shaper, Writes};
 
 const KIB: f64 = 1024.0;
 
@@ -82,10 +82,19 @@ pub(crate) fn guest(guest: &Guest) -> String {
     format!("{size}, {rate}/s of {kind} over {set}")
 }
 
-/// `100 Mbit/s`, `unshaped`, `1 Gbit/s, 20 ms round trip`.
+/// `100 Mbit/s`, `an unshaped link`, `1 Gbit/s and 20 ms`.
 pub(crate) fn link(link: &Link) -> String {
-    let rate = link.bits_per_second.map_or_else(|| "unshaped".to_owned(), |rate| bits(rate as f64));
-    if link.rtt_ms > 0.0 { format!("{rate}, {} ms round trip", digits(link.rtt_ms)) } else { rate }
+    let rate = link.bits_per_second.map_or_else(|| "an unshaped link".to_owned(), |rate| bits(rate as f64));
+    if link.rtt_ms > 0.0 { format!("{rate} and {} ms", digits(link.rtt_ms).trim_end_matches(".0")) } else { rate }
+}
+
+/// A whole number as it is, any other with a digit behind the point.
+pub(crate) fn count(value: f64) -> String {
+    match value {
+        _ if !value.is_finite() => NOTHING.to_owned(),
+        _ if value.fract() == 0.0 => format!("{value:.0}"),
+        _ => format!("{value:.1}"),
+    }
 }
 
 pub(crate) fn shaper(shaper: Shaper) -> &'static str {

@@ -8,6 +8,8 @@ use super::super::svg::{LETTERS, hint, label, line, picture, rectangle, width_of
 const HEADING: f64 = 24.0;
 const BAR: f64 = 17.0;
 const TOP: f64 = 26.0;
+/// How much longer than the longest sound bar another may be.
+const BEYOND: f64 = 1.3;
 
 /// One bar, made of parts from the left.
 #[derive(Clone, Debug)]
@@ -28,6 +30,8 @@ pub(super) struct Part {
     pub(super) value: f64,
     pub(super) name: String,
     pub(super) words: String,
+    /// Whether its name is written into it, if there is room.
+    pub(super) is_named: bool,
 }
 
 /// How the picture is made.
@@ -51,8 +55,7 @@ impl Default for Layout {
 pub(super) fn draw(layout: Layout, title: &str, what: &str, groups: &[(String, Vec<Bar>)]) -> Element {
     let count: usize = groups.iter().map(|(_, bars)| bars.len()).sum();
     let bottom = TOP + HEADING * groups.len() as f64 + BAR * count as f64 + 6.0;
-    let most = groups.iter().flat_map(|(_, bars)| bars).map(Bar::length).fold(f64::NAN, f64::max);
-    let x = Scale::from_zero(most, (layout.left, layout.width - layout.right), layout.step);
+    let x = Scale::from_zero(longest(groups), (layout.left, layout.width - layout.right), layout.step);
     let mut drawn = picture(layout.width, bottom + 38.0, title)
         .push(label(4.0, 16.0, "start", title).class("title"))
         .push(axis(layout, x, bottom, what));
@@ -68,13 +71,18 @@ pub(super) fn draw(layout: Layout, title: &str, what: &str, groups: &[(String, V
     drawn
 }
 
+/// The longest bar that is drawn as it is: one of a run that did not end well is broken off beyond the others.
+fn longest(groups: &[(String, Vec<Bar>)]) -> f64 {
+    let bars = || groups.iter().flat_map(|(_, bars)| bars);
+    let all = bars().map(Bar::length).fold(f64::NAN, f64::max);
+    let sound = bars().filter(|bar| bar.sound).map(Bar::length).fold(f64::NAN, f64::max);
+    if sound * BEYOND < all { sound * BEYOND } else { all }
+}
+
 fn axis(layout: Layout, x: Scale, bottom: f64, what: &str) -> Element {
     let ticks = x.ticks(layout.step).into_iter().flat_map(|tick| {
         let at = x.at(tick);
-        [
-            line((at, TOP), (at, bottom)).class("grid"),
-            label(at, bottom + 14.0, "middle", &(layout.words)(tick)),
-        ]
+        [line((at, TOP), (at, bottom)).class("grid"), label(at, bottom + 14.0, "middle", &(layout.words)(tick))]
     });
     Element::new("g").class("axis").extend(ticks).push(label(layout.left, bottom + 30.0, "start", what).class("what"))
 }
@@ -95,14 +103,24 @@ impl Bar {
         let mut from = 0.0;
         for part in self.parts.iter().filter(|part| part.value.is_finite() && part.value > 0.0) {
             let (start, end) = (x.at(from), x.at(from + part.value));
+            if start >= x.places().1 {
+                from += part.value;
+                continue;
+            }
             let class = format!("part {}{hollow}", part.class);
             let shape = rectangle(start, at + 2.0, (end - start).max(0.6), BAR - 4.0).class(class);
             drawn = drawn.push(shape.push(hint(format!("{}: {}", part.name, part.words))));
-            if width_of(&part.name, LETTERS - 1.5) + 4.0 < end - start {
+            if part.is_named && width_of(&part.name, LETTERS - 1.5) + 4.0 < end - start {
                 let class = format!("in {}{hollow}", part.class);
                 drawn = drawn.push(label(f64::midpoint(start, end), middle + 3.5, "middle", &part.name).class(class));
             }
             from += part.value;
+        }
+        if from > x.bounds().1 {
+            let (at, end) = (at + 1.0, x.places().1);
+            let broken =
+                [10.0, 5.0].map(|back| line((end - back, at + BAR - 2.0), (end - back + 6.0, at)).class("broken"));
+            drawn = drawn.extend(broken);
         }
         drawn.push(label(x.at(from) + 5.0, middle + 4.0, "start", &self.says).class("number"))
     }

@@ -6,6 +6,7 @@ use super::super::group::{Group, Quantity, cell};
 use super::super::markup::Element;
 use super::super::svg::look::Look;
 use super::super::svg::scale::binary_step;
+use super::super::svg::{picture, rectangle};
 use super::super::words;
 use super::axis_bytes;
 use super::bars::{Bar, Layout, Part, draw};
@@ -24,23 +25,33 @@ pub(crate) fn bytes(study: &Study, link: &Link) -> Option<Element> {
         })
         .filter(|(_, bars): &(_, Vec<Bar>)| !bars.is_empty())
         .collect();
-    let layout = Layout { step: binary_step, words: axis_bytes, ..Layout::default() };
+    let layout = Layout { step: binary_step, words: axis_bytes, right: 150.0, ..Layout::default() };
     let title = format!("Bytes over {}", words::link(link));
     let what = "ours: pages taken up, by what became of them; others: bytes on the wire";
     (!groups.is_empty()).then(|| draw(layout, &title, what, &groups))
+}
+
+/// The stages with their looks, from what is sent to what cost least.
+pub(crate) fn stage_key() -> Element {
+    let entries = ORDER.iter().enumerate().map(|(rank, name)| {
+        let shape = rectangle(6.0, 1.0, 20.0, 12.0).class(format!("part s{rank}"));
+        Element::new("li").push(picture(26.0, 14.0, "mark").push(shape)).push(Element::new("span").text(*name))
+    });
+    Element::new("ul").class("key").extend(entries)
 }
 
 fn bar(study: &Study, group: &Group<'_>) -> Bar {
     let wire = group.sample(Quantity::Bytes).median();
     let parts = group.typical().filter(|run| !run.stages.is_empty()).map(stages);
     let says = group.standing.trouble().map_or_else(String::new, |trouble| format!(", {trouble}"));
+    let on = if parts.is_some() { " on the wire" } else { "" };
     Bar {
         name: words::short(&group.mover.name).to_owned(),
         look: Look::of(study, &group.mover.name),
-        says: format!("{} on the wire{says}", words::bytes(wire)),
+        says: format!("{}{on}{says}", words::bytes(wire)),
         parts: parts.unwrap_or_else(|| {
             let words = words::bytes(wire);
-            vec![Part { class: "wire".to_owned(), value: wire, name: "wire".to_owned(), words }]
+            vec![Part { class: "wire".to_owned(), value: wire, name: "wire".to_owned(), words, is_named: false }]
         }),
         sound: group.standing.trouble().is_none(),
     }
@@ -54,7 +65,7 @@ fn stages(run: &Run) -> Vec<Part> {
     let part = |stage: &&crate::study::Stage| {
         let (value, share) = (stage.bytes as f64, stage.bytes as f64 / all.max(1) as f64);
         let words = format!("{}, {}", words::bytes(value), words::percent(share));
-        Part { class: format!("s{}", rank(&stage.name)), value, name: stage.name.clone(), words }
+        Part { class: format!("s{}", rank(&stage.name)), value, name: stage.name.clone(), words, is_named: true }
     };
     stages.iter().map(part).collect()
 }

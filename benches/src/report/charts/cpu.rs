@@ -36,6 +36,7 @@ fn bar(study: &Study, group: &Group<'_>) -> Bar {
         value,
         name: name.to_owned(),
         words: format!("{} per GiB", words::seconds(value)),
+        is_named: group.is_ours(),
     };
     let trouble = group.standing.trouble();
     let says = trouble.as_ref().map_or_else(String::new, |trouble| format!(", {trouble}"));

@@ -8,7 +8,7 @@ mod rates;
 mod remaining;
 mod summary;
 
-pub(crate) use bytes::bytes;
+pub(crate) use bytes::{bytes, stage_key};
 pub(crate) use cpu::cpu;
 pub(crate) use outlook::outlook;
 pub(crate) use rates::{by_dirty_rate, kinds};
@@ -34,7 +34,7 @@ fn axis_bytes(value: f64) -> String {
 }
 
 fn axis_rate(value: f64) -> String {
-    words::digits(value).trim_end_matches('0').trim_end_matches('.').to_owned()
+    rounded(&format!("{} ", words::digits(value))).trim_end().to_owned()
 }
 
 /// Without zeros behind the point.
@@ -52,6 +52,7 @@ mod tests {
     fn axes_have_short_numbers() {
         let words = [1.0, 0.05, 20.0, 0.0].map(axis_seconds);
         assert_eq!(words, ["1 s", "50 ms", "20 s", "0 s"]);
+        assert_eq!([0.0, 0.5, 10.0, 200.0].map(axis_rate), ["0", "0.5", "10", "200"]);
         assert_eq!([1_073_741_824.0, 268_435_456.0, 1_610_612_736.0].map(axis_bytes), ["1 GiB", "256 MiB", "1.5 GiB"]);
     }
 }

@@ -8,7 +8,7 @@ use super::super::markup::Element;
 use super::super::svg::frame::{Axis, Frame};
 use super::super::svg::look::Look;
 use super::super::svg::scale::{Kind, Scale, round_step, spread};
-use super::super::svg::{LETTERS, hint, label, line, path, rectangle};
+use super::super::svg::{LETTERS, hint, label, line, path, rectangle, width_of};
 use super::super::words;
 use super::{axis_rate, axis_seconds, width};
 
@@ -45,6 +45,8 @@ struct Picture<'a> {
     /// Whom the lines join: guests that differ in nothing but how they write.
     joined: Vec<&'a Guest>,
     tracks: Vec<Track<'a>>,
+    /// What has no value because no run came to its end.
+    lost: Vec<(Look, Group<'a>)>,
     frame: Frame,
     x: Scale,
     y: Scale,
@@ -60,17 +62,24 @@ impl<'a> Picture<'a> {
         let same = |guest: &&Guest| guest.content == model.content && guest.bytes == model.bytes;
         let joined: Vec<&Guest> = guests.iter().copied().filter(same).collect();
         let groups: Vec<Group<'a>> = guests.iter().flat_map(|guest| cell(study, link, guest)).collect();
-        let tracks: Vec<Track<'_>> = study.movers.iter().rev().filter_map(|mover| {
-            let groups: Vec<Group<'_>> = groups
-                .iter()
-                .filter(|group| group.mover.name == mover.name && !group.sample(quantity).is_empty())
-                .cloned()
-                .collect();
-            (!groups.is_empty()).then(|| Track { look: Look::of(study, &mover.name), groups })
-        }).collect();
+        let tracks: Vec<Track<'_>> = study
+            .movers
+            .iter()
+            .rev()
+            .filter_map(|mover| {
+                let groups: Vec<Group<'_>> = groups
+                    .iter()
+                    .filter(|group| group.mover.name == mover.name && !group.sample(quantity).is_empty())
+                    .cloned()
+                    .collect();
+                (!groups.is_empty()).then(|| Track { look: Look::of(study, &mover.name), groups })
+            })
+            .collect();
         if tracks.iter().all(|track| track.groups.iter().all(|group| group.guest.writes == Writes::Idle)) {
             return None;
         }
+        let lost = groups.iter().filter(|group| group.sample(quantity).is_empty());
+        let lost = lost.map(|group| (Look::of(study, &group.mover.name), group.clone())).collect();
         let width = width(study);
         let frame = Frame { width, height: HEIGHT, left: 56.0, right: width - NAMES, top: 42.0, bottom: HEIGHT - 42.0 };
         let fastest = writers.iter().map(|guest| guest.dirty_bytes_per_second).max()? as f64 / MIB;
@@ -79,23 +88,29 @@ impl<'a> Picture<'a> {
             let sample = group.sample(quantity);
             [sample.least(), sample.most()]
         });
-        let modelled = guests.iter().filter_map(|guest| value(guest, link, quantity).0);
+        let modelled = guests.iter().filter(|_| quantity != Quantity::Stall);
+        let modelled = modelled.filter_map(|guest| value(guest, link, quantity).0);
         let y = Scale::around(measured.chain(modelled.filter(|value| *value > 1e-3)), 1.0, frame.upwards());
-        Some(Self { link, writes, quantity, joined, tracks, frame, x, y })
+        Some(Self { link, writes, quantity, joined, tracks, lost, frame, x, y })
     }
 
     fn draw(&self) -> Element {
         let kind = if self.writes == Writes::FewBytes { "a few bytes of each page" } else { "whole pages" };
         let title = format!("{kind}, over {}", words::link(self.link));
         let what = format!("{}, median and range", self.quantity.title());
-        let across = Axis { scale: self.x, title: "MiB of pages written per second", step: round_step, words: axis_rate };
+        let across =
+            Axis { scale: self.x, title: "MiB of pages written per second", step: round_step, words: axis_rate };
         let upwards = Axis { scale: self.y, title: &what, step: round_step, words: axis_seconds };
         let drawn = self.frame.draw(&title, &across, &upwards).extend(self.model());
+        let drawn = drawn.extend(self.lost.iter().map(|(look, group)| self.nothing(look, group)));
         drawn.extend(self.tracks.iter().map(|track| self.track(track))).push(self.names())
     }
 
     /// The model's line for every working set, and where it has no end.
     fn model(&self) -> Vec<Element> {
+        if self.quantity == Quantity::Stall {
+            return Vec::new();
+        }
         let mut sets: Vec<&Guest> = Vec::new();
         for guest in self.joined.iter().filter(|guest| guest.writes == self.writes) {
             if sets.iter().all(|other| other.working_set != guest.working_set) {
@@ -115,13 +130,16 @@ impl<'a> Picture<'a> {
         let mut drawn = Vec::new();
         if let Some((from, _)) = points.iter().find(|(_, (_, ends))| !ends) {
             let (top, bottom) = (self.frame.top, self.frame.bottom);
-            drawn.push(rectangle(*from, top, self.frame.right - from, bottom - top).class("never").push(hint(
-                "the model has no end here: more is written in a round than the round before carried",
-            )));
-            let words = if index == 0 { "model: never ends" } else { "" };
-            let wide = super::super::svg::width_of(words, 10.0);
-            let place = (from + 5.0).min(self.frame.right - wide).max(self.frame.left + 2.0);
-            drawn.push(label(place, top + 13.0 + 12.0 * index as f64, "start", words).class("small"));
+            drawn.push(
+                rectangle(*from, top, self.frame.right - from, bottom - top)
+                    .class("never")
+                    .push(hint("the model has no end here: more is written in a round than the round before carried")),
+            );
+            if index == 0 {
+                let words = "model: never ends";
+                let place = (from + 5.0).min(self.frame.right - width_of(words, 10.0)).max(self.frame.left + 2.0);
+                drawn.push(label(place, bottom - 5.0, "start", words).class("small"));
+            }
         }
         let (least, most) = self.y.bounds();
         for ends in [true, false] {
@@ -154,6 +172,17 @@ impl<'a> Picture<'a> {
         Element::new("g").push(hint(words)).push(range).push(look.mark((x, y), group.standing.trouble().is_none()))
     }
 
+    /// A mark at the upper edge, beside those of others at the same rate.
+    fn nothing(&self, look: &Look, group: &Group<'_>) -> Element {
+        let same = || self.lost.iter().filter(|(_, other)| other.guest.name == group.guest.name);
+        let index = same().position(|(_, other)| other.mover.name == group.mover.name).unwrap_or(0) as f64;
+        let middle = (same().count() as f64 - 1.0) / 2.0;
+        let at = self.x.at(group.guest.dirty_bytes_per_second as f64 / MIB) + (index - middle) * 11.0;
+        let words = format!("{}, {}: {}", group.mover.name, group.guest.name, group.time_in_words());
+        let mark = look.mark((at.min(self.frame.right - 5.0), self.frame.top + 9.0), false);
+        look.group().push(hint(words)).push(mark)
+    }
+
     fn place(&self, group: &Group<'_>) -> (f64, f64) {
         let rate = group.guest.dirty_bytes_per_second as f64 / MIB;
         (self.x.at(rate), self.y.at(group.sample(self.quantity).median()))
@@ -167,7 +196,9 @@ impl<'a> Picture<'a> {
         let places = spread(&wanted, LETTERS + 4.0, (self.frame.top + 4.0, self.frame.bottom - 2.0));
         let names = lasts.iter().zip(places).map(|((track, group), at)| {
             let trouble = group.standing.trouble().is_some();
-            let name = words::cut(words::short(&group.mover.name), 17);
+            let is_last = self.joined.last().is_none_or(|last| last.name == group.guest.name);
+            let only = if is_last { String::new() } else { format!(" ({})", group.guest.name) };
+            let name = words::cut(&(words::cut(words::short(&group.mover.name), 16) + &only), 20);
             let (x, y) = self.place(group);
             let from = self.frame.right + 4.0;
             track

@@ -71,9 +71,9 @@ fn first_of_ours(study: &Study) -> Vec<Duel<'_>> {
 
 /// 100 Mbit/s and 1 Gbit/s, or else the first two links.
 fn chosen(study: &Study) -> Vec<&Link> {
-    let wanted = WANTED.into_iter().filter_map(|bits| {
-        study.links.iter().find(|link| link.bits_per_second == Some(bits) && link.rtt_ms == 0.0)
-    });
+    let wanted = WANTED
+        .into_iter()
+        .filter_map(|bits| study.links.iter().find(|link| link.bits_per_second == Some(bits) && link.rtt_ms == 0.0));
     let found: Vec<&Link> = wanted.collect();
     if found.is_empty() { study.links.iter().take(2).collect() } else { found }
 }
@@ -86,7 +86,10 @@ fn key() -> Vec<Element> {
     let entry = |x: f64, class: &'static str, words: &str| {
         [rectangle(x, 17.0, 12.0, 12.0).class(class), label(x + 17.0, 27.0, "start", words)]
     };
-    entry(WIDTH - 250.0, "ours", "Pageferry").into_iter().chain(entry(WIDTH - 150.0, "theirs", "QEMU at its best")).collect()
+    entry(WIDTH - 250.0, "ours", "Pageferry")
+        .into_iter()
+        .chain(entry(WIDTH - 150.0, "theirs", "QEMU at its best"))
+        .collect()
 }
 
 fn named(guest: &Guest, at: f64) -> Vec<Element> {
@@ -95,7 +98,7 @@ fn named(guest: &Guest, at: f64) -> Vec<Element> {
     let rest = rest.split(" over ").next().unwrap_or(rest);
     let (rate, kind) = rest.split_once(" of ").unwrap_or((rest, ""));
     let kind = if kind.is_empty() { first.to_owned() } else { kind.to_owned() };
-    let rate = if rest == "idle" { "idle".to_owned() } else { format!("{} written", rate) };
+    let rate = if rest == "idle" { "idle".to_owned() } else { format!("{rate} written") };
     vec![
         line((16.0, at), (WIDTH - 16.0, at)).class("rule"),
         label(16.0, at + 19.0, "start", &rate).class("bold"),
@@ -132,7 +135,8 @@ fn bars(duels: &[Duel<'_>], link: &Link, guests: &[&Guest], quantity: Quantity, 
                 label(left + length + 5.0, at + BAR - 2.0, "start", &says).class(bold),
             ]
         };
-        let missing = |group: &Group<'_>| if quantity == Quantity::Time { group.time_in_words() } else { String::new() };
+        let missing =
+            |group: &Group<'_>| if quantity == Quantity::Time { group.time_in_words() } else { String::new() };
         let nobody = match (duel.qemus, quantity) {
             (0, _) => "not run",
             (_, Quantity::Time) => "none finished",

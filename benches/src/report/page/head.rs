@@ -1,8 +1,9 @@
 //! The top of the page: what was measured where, and the short answer.
 
+use crate::study::model::floor_seconds;
 use crate::study::{Engine, Link, Shaper, Study};
 
-use super::super::answer::{Part, answers, standing};
+use super::super::answer::{Answer, Part, answers, standing};
 use super::super::group::is_verified;
 use super::super::markup::Element;
 use super::super::verdict::duels;
@@ -26,24 +27,26 @@ pub(super) fn head(study: &Study) -> Element {
         engines.join(" and "),
         study.runs.len()
     );
-    let mut facts = format!(
-        "{}. {} x {}, {} GiB of memory, Linux {}, TCP {}, transparent huge pages {}",
+    let facts = format!(
+        "{}. {} x {}, {} GiB of memory, Linux {}, TCP {}, transparent huge pages {}{}.",
         machine.date,
         machine.cpus,
         machine.cpu,
         machine.memory_gib,
         machine.kernel,
         machine.tcp_congestion_control,
-        machine.transparent_huge_pages
+        machine.transparent_huge_pages,
+        if machine.load_before.is_finite() {
+            format!(", load {:.2} before", machine.load_before)
+        } else {
+            String::new()
+        }
     );
-    if machine.load_before.is_finite() {
-        facts += &format!(", load {:.2} before", machine.load_before);
-    }
     let repeat = Element::new("p").text("Repeat it with ").push(Element::new("code").text(&study.command));
     Element::new("section")
         .push(Element::new("h1").text("How long a virtual machine takes to move"))
         .push(paragraph(what))
-        .push(soft(facts + "."))
+        .push(soft(facts))
         .push(repeat)
         .extend(warnings(study))
         .push(short_answer(study))
@@ -88,23 +91,46 @@ fn short_answer(study: &Study) -> Element {
         return drawn.push(paragraph("Nothing was measured yet."));
     }
     let items = answers.iter().map(|answer| {
-        let parts = answer.parts.iter().map(in_words).enumerate().map(|(index, words)| {
-            Element::new("span").text(if index == 0 { ": " } else { "; " }).text(words)
-        });
-        let name = format!("{} ({})", words::guest(answer.guest), answer.guest.name);
-        Element::new("li").push(Element::new("b").text(name)).extend(parts)
+        let parts: Vec<String> = answer.parts.iter().map(Part::in_words).collect();
+        let name = Element::new("b").text(words::guest(answer.guest));
+        Element::new("li").push(name).text(format!(": {}.", parts.join(", ")))
     });
-    drawn.push(Element::new("ul").extend(items)).extend(standing(&duels(study)).map(paragraph))
+    drawn
+        .push(Element::new("ul").extend(items))
+        .extend(standing(&duels(study)).map(paragraph))
+        .push(details(study, &answers))
 }
 
-fn in_words(part: &Part) -> String {
-    let mut besides = part.besides.clone();
-    besides.extend(part.theirs.clone());
-    if besides.is_empty() { part.ours.clone() } else { format!("{} ({})", part.ours, besides.join(", ")) }
+/// The same as a table, with downtime and the fastest of the others.
+fn details(study: &Study, answers: &[Answer<'_>]) -> Element {
+    let links: Vec<&Link> =
+        study.links.iter().filter(|link| study.runs.iter().any(|run| run.link == link.name)).collect();
+    let header: Vec<&str> = ["guest"].into_iter().chain(links.iter().map(|link| link.name.as_str())).collect();
+    let rows = answers.iter().map(|answer| {
+        let name = Element::new("small").text(words::guest(answer.guest));
+        let mut cells = vec![cell("words").push(Element::new("b").text(&answer.guest.name)).push(name)];
+        cells.extend(links.iter().map(|link| {
+            let part = answer.parts.iter().find(|part| part.link.name == link.name);
+            part.map_or_else(|| cell("").text(words::NOTHING), outcome)
+        }));
+        cells
+    });
+    table("", &header, rows.collect::<Vec<_>>())
+}
+
+fn outcome(part: &Part<'_>) -> Element {
+    let small = |words: String| Element::new("small").text(words);
+    cell("")
+        .push(Element::new("b").text(&part.time))
+        .extend(part.downtime.iter().map(|downtime| small(format!("downtime {downtime}"))))
+        .extend(part.besides.iter().map(|words| small(words.clone())))
+        .extend(part.theirs.iter().map(|theirs| small(format!("QEMU: {theirs}"))))
 }
 
 fn links(study: &Study) -> Element {
-    let header = ["link", "rate", "round trip", "a plain copy gets", "of the rate", "shaped by"];
+    let most = study.guests.iter().map(|guest| guest.bytes).max().unwrap_or(1 << 30);
+    let least = format!("least for {}", words::bytes(most as f64));
+    let header = ["link", "rate", "round trip", "a plain copy gets", "of the rate", &least, "shaped by"];
     let rows = study.links.iter().map(|link| {
         vec![
             cell("words").text(&link.name),
@@ -112,10 +138,14 @@ fn links(study: &Study) -> Element {
             cell("").text(round_trip(link)),
             copy(link),
             cell("").text(efficiency(link)),
+            cell("").text(
+                link.bits_per_second
+                    .map_or_else(|| words::NOTHING.to_owned(), |bits| words::seconds(floor_seconds(most, bits))),
+            ),
             cell("words").text(words::shaper(link.shaper)),
         ]
     });
-    table("", &header, rows)
+    table("", &header, rows.collect::<Vec<_>>())
 }
 
 fn round_trip(link: &Link) -> String {

@@ -110,7 +110,8 @@ fn rates(study: &Study) -> Element {
             let pictures = study.links.iter().filter_map(|link| charts::by_dirty_rate(study, link, writes, quantity));
             let pictures: Vec<Element> = pictures.collect();
             if !pictures.is_empty() {
-                let kind = if writes == crate::study::Writes::FewBytes { "a few bytes of each page" } else { "whole pages" };
+                let kind =
+                    if writes == crate::study::Writes::FewBytes { "a few bytes of each page" } else { "whole pages" };
                 drawn = drawn
                     .push(Element::new("h3").text(format!("{}, guests that write {kind}", capital(quantity.title()))))
                     .push(grid(study.links.len(), pictures));
@@ -128,15 +129,16 @@ fn capital(words: &str) -> String {
 fn bytes(study: &Study) -> Element {
     section("Where the bytes went")
         .push(soft(
-            "Ours: all bytes of pages that were taken up, divided by what became of them; what is left of the first edge was sent, all else was kept off \
-             the link. Others: what their source put on the wire.",
+            "Ours: all bytes of pages that were taken up, again and again if need be, by what became of them: sent, or kept off the link by a stage of the \
+             encoder. Others: what their source put on the wire. What was given up is pale, and broken off where it is much longer.",
         ))
+        .push(charts::stage_key())
         .push(grid(2, each_link(study, charts::bytes)))
 }
 
 fn cpu(study: &Study) -> Element {
     section("What it costs in CPU time")
-        .push(soft("Of the processes of both sides, user and system, without virtual CPUs: solid at the source, pale at the destination."))
+        .push(soft("Of the processes of both sides, user and system, without virtual CPUs: the source's first, the destination's paler beside it."))
         .push(grid(2, each_link(study, charts::cpu)))
 }
 
@@ -149,7 +151,7 @@ fn outlook(study: &Study) -> Element {
             words::percent(super::outlook::PAYLOAD_SHARE),
             words::seconds(crate::study::model::DOWNTIME_SECONDS)
         )))
-        .extend(charts::outlook(study).map(figure))
+        .extend(charts::outlook(study).map(|picture| figure(picture).class("broad")))
         .push(tables::outlook(study))
         .extend(tables::cores(study))
 }
@@ -193,7 +195,10 @@ fn lost(study: &Study) -> Element {
 
 fn runs(study: &Study) -> Element {
     let all = Element::new("details")
-        .push(Element::new("summary").text(format!("All {} runs, in the order in which they were made", study.runs.len())))
+        .push(
+            Element::new("summary")
+                .text(format!("All {} runs, in the order in which they were made", study.runs.len())),
+        )
         .push(tables::runs(study));
     section("Runs").push(tables::movers(study)).push(all)
 }

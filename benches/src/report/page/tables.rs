@@ -20,12 +20,15 @@ pub(super) fn table(caption: &str, header: &[&str], rows: impl IntoIterator<Item
     ruled(caption, header, rows.into_iter().map(|row| (false, row)))
 }
 
-/// The same, where a row may start a new group.
+/// The same, where a row may start a new group. Titles stand as the cells of the first row do.
 fn ruled(caption: &str, header: &[&str], rows: impl IntoIterator<Item = (bool, Vec<Element>)>) -> Element {
+    let rows: Vec<(bool, Vec<Element>)> = rows.into_iter().collect();
     let titles = header.iter().enumerate().map(|(index, title)| {
-        let class = if index == 0 { "words" } else { "" };
-        Element::new("th").with("scope", "col").class(class).text(*title)
+        let words = rows.first().and_then(|(_, cells)| cells.get(index)).is_some_and(|cell| cell.has_class("words"));
+        let title = Element::new("th").with("scope", "col").text(*title);
+        if words || index == 0 { title.class("words") } else { title }
     });
+    let titles: Vec<Element> = titles.collect();
     let rows = rows.into_iter().map(|(first, cells)| {
         let row = Element::new("tr").extend(cells);
         if first { row.class("first") } else { row }
@@ -45,9 +48,12 @@ pub(super) fn overview(study: &Study, duels: &[Duel<'_>]) -> Element {
     let rows = duels.iter().map(|duel| {
         let first = duel.link.name != last;
         last.clone_from(&duel.link.name);
-        let mut cells = vec![cell("words").text(format!("{}, {}", duel.guest.name, duel.link.name)).extend(mover(study, duel))];
+        let mut cells =
+            vec![cell("words").text(format!("{}, {}", duel.guest.name, duel.link.name)).extend(mover(study, duel))];
         cells.extend(duel.rows.iter().map(|row| match &row.best {
-            Some(best) => cell(class(best.judgement)).text(format!("{} {}", sign(best.judgement), words::ratio(best.ratio))),
+            Some(best) => {
+                cell(class(best.judgement)).text(format!("{} {}", sign(best.judgement), words::ratio(best.ratio)))
+            }
             None => cell("").text(words::NOTHING),
         }));
         let ended = match duel.ours.standing.trouble() {
@@ -58,7 +64,8 @@ pub(super) fn overview(study: &Study, duels: &[Duel<'_>]) -> Element {
         cells.push(ended);
         (first, cells)
     });
-    let caption = "Ours divided by the best value of any QEMU setting. ▼ ours is better, ▲ ours is worse, = no more than noise.";
+    let caption =
+        "Ours divided by the best value of any QEMU setting. ▼ ours is better, ▲ ours is worse, = no more than noise.";
     ruled(caption, &header, rows.collect::<Vec<_>>())
 }
 
@@ -95,7 +102,12 @@ pub(super) fn duels(link: &Link, duels: &[Duel<'_>]) -> Option<Element> {
 
 fn quantity(duel: &Duel<'_>, row: &Row<'_>, first: bool) -> Vec<Element> {
     let name = if first { format!("{} ({})", duel.guest.name, duel.ours.mover.name) } else { String::new() };
-    let trouble = duel.ours.standing.trouble().filter(|_| first).map(|trouble| Element::new("small").class("worse").text(trouble));
+    let trouble = duel
+        .ours
+        .standing
+        .trouble()
+        .filter(|_| first)
+        .map(|trouble| Element::new("small").class("worse").text(trouble));
     let ours = match (row.quantity, row.ours.is_empty()) {
         (_, false) => shown(row.quantity, &row.ours),
         (Quantity::Time, true) => cell("worse").text(duel.ours.time_in_words()),
@@ -106,7 +118,8 @@ fn quantity(duel: &Duel<'_>, row: &Row<'_>, first: bool) -> Vec<Element> {
         Some(against) => {
             let verified = duel.finishers.iter().find(|group| group.mover.name == against.mover.name);
             let trouble = verified.and_then(|group| group.standing.trouble());
-            let name = trouble.map_or_else(|| against.mover.name.clone(), |trouble| format!("{}, {trouble}", against.mover.name));
+            let name = trouble
+                .map_or_else(|| against.mover.name.clone(), |trouble| format!("{}, {trouble}", against.mover.name));
             (shown(row.quantity, &against.sample).push(Element::new("small").text(name)), words::ratio(against.ratio))
         }
         None if row.quantity == Quantity::Time => (cell("").text(lacking()), words::NOTHING.to_owned()),
@@ -159,7 +172,8 @@ pub(super) fn outlook(study: &Study) -> Element {
 pub(super) fn cores(study: &Study) -> Option<Element> {
     let costs = cpu_costs(study);
     let link = fastest_link(study).filter(|_| !costs.is_empty())?;
-    let header = ["mover, guest", "source", "destination", "one core moves", "cores at 10 Gbit/s", "cores at 100 Gbit/s"];
+    let header =
+        ["mover, guest", "source", "destination", "one core moves", "cores at 10 Gbit/s", "cores at 100 Gbit/s"];
     let rows = costs.iter().map(|cost| {
         vec![
             cell("words").text(&cost.group.mover.name).push(Element::new("small").text(&cost.group.guest.name)),
@@ -181,11 +195,7 @@ pub(super) fn cores(study: &Study) -> Option<Element> {
 pub(super) fn movers(study: &Study) -> Element {
     let header = ["mover", "version", "settings"];
     let rows = study.movers.iter().map(|mover| {
-        vec![
-            cell("words").text(&mover.name),
-            cell("words").text(&mover.version),
-            cell("words").text(&mover.settings),
-        ]
+        vec![cell("words").text(&mover.name), cell("words").text(&mover.version), cell("words").text(&mover.settings)]
     });
     table("", &header, rows.collect::<Vec<_>>())
 }
@@ -193,8 +203,22 @@ pub(super) fn movers(study: &Study) -> Element {
 /// Every run.
 pub(super) fn runs(study: &Study) -> Element {
     let header = [
-        "link, guest, mover", "turn", "end", "verified by", "time", "downtime", "stall before", "during", "after", "passes", "wire MiB",
-        "CPU source", "CPU dest.", "peak source", "peak dest.", "slowed",
+        "link, guest, mover",
+        "turn",
+        "end",
+        "verified by",
+        "time",
+        "downtime",
+        "stall before",
+        "during",
+        "after",
+        "passes",
+        "wire MiB",
+        "CPU source",
+        "CPU dest.",
+        "peak source",
+        "peak dest.",
+        "slowed",
     ];
     table("", &header, study.runs.iter().map(run).collect::<Vec<_>>())
 }

@@ -45,11 +45,16 @@ impl Frame {
 
     fn upright(&self, axis: &Axis<'_>) -> Vec<Element> {
         let ticks = axis.scale.ticks(axis.step);
-        let mut drawn: Vec<Element> = ticks.iter().map(|tick| {
-            let at = axis.scale.at(*tick);
-            line((self.left, at), (self.right, at)).class("grid")
-        }).collect();
-        drawn.extend(ticks.iter().map(|tick| label(self.left - 6.0, axis.scale.at(*tick) + 4.0, "end", &(axis.words)(*tick))));
+        let mut drawn: Vec<Element> = ticks
+            .iter()
+            .map(|tick| {
+                let at = axis.scale.at(*tick);
+                line((self.left, at), (self.right, at)).class("grid")
+            })
+            .collect();
+        drawn.extend(
+            ticks.iter().map(|tick| label(self.left - 6.0, axis.scale.at(*tick) + 4.0, "end", &(axis.words)(*tick))),
+        );
         drawn.push(label(self.left, self.top - 8.0, "start", axis.title).class("what"));
         drawn
     }

@@ -66,7 +66,8 @@ impl Look {
             Shape::Pentagon => &[(0.0, -1.2), (1.15, -0.35), (0.7, 1.0), (-0.7, 1.0), (-1.15, -0.35)],
             Shape::Bar => &[(-1.2, -0.6), (1.2, -0.6), (1.2, 0.6), (-1.2, 0.6)],
         };
-        let places = corners.iter().map(|(right, down)| format!("{},{} ", number(x + right * size), number(y + down * size)));
+        let places =
+            corners.iter().map(|(right, down)| format!("{},{} ", number(x + right * size), number(y + down * size)));
         self.filled(Element::new("polygon").with("points", places.collect::<String>().trim_end()), is_sound)
     }
 
@@ -94,7 +95,8 @@ mod tests {
     #[test]
     fn movers_differ_in_more_than_colour() {
         let study = example::full();
-        let marks: Vec<String> = study.movers.iter().map(|mover| format!("{:?}", Look::of(&study, &mover.name).shape)).collect();
+        let marks: Vec<String> =
+            study.movers.iter().map(|mover| format!("{:?}", Look::of(&study, &mover.name).shape)).collect();
         let mut unique = marks.clone();
         unique.sort();
         unique.dedup();

@@ -33,9 +33,10 @@ pub(crate) fn rectangle(x: f64, y: f64, width: f64, height: f64) -> Element {
 
 /// A line through all points.
 pub(crate) fn path(points: impl IntoIterator<Item = (f64, f64)>) -> Element {
-    let steps = points.into_iter().enumerate().map(|(index, (x, y))| {
-        format!("{}{} {}", if index == 0 { "M" } else { "L" }, number(x), number(y))
-    });
+    let steps = points
+        .into_iter()
+        .enumerate()
+        .map(|(index, (x, y))| format!("{}{} {}", if index == 0 { "M" } else { "L" }, number(x), number(y)));
     Element::new("path").class("line").with("d", steps.collect::<String>())
 }
 
@@ -46,5 +47,5 @@ pub(crate) fn hint(words: impl Into<String>) -> Element {
 
 /// About how wide words are.
 pub(crate) fn width_of(words: &str, letters: f64) -> f64 {
-    words.chars().count() as f64 * letters * 0.56
+    words.chars().count() as f64 * letters * 0.62
 }

@@ -87,7 +87,8 @@ impl Scale {
         match self.kind {
             Kind::Linear => {
                 let step = step(self.most - self.least);
-                let (first, last) = ((self.least / step - 1e-9).ceil() as i64, (self.most / step + 1e-9).floor() as i64);
+                let (first, last) =
+                    ((self.least / step - 1e-9).ceil() as i64, (self.most / step + 1e-9).floor() as i64);
                 (first..=last).map(|count| count as f64 * step).collect()
             }
             Kind::Logarithmic => decades(self.least, self.most),
@@ -170,7 +171,6 @@ pub(crate) fn spread(wanted: &[f64], gap: f64, (least, most): (f64, f64)) -> Vec
 mod tests {
     use super::*;
 
-    #[expect(clippy::float_cmp, reason = "steps are whole multiples")]
     #[test]
     fn ticks_are_round() {
         let scale = Scale::from_zero(93.0, (0.0, 100.0), round_step);
