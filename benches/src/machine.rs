@@ -3,7 +3,7 @@
 use std::fs;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// Where and when a result was made.
 #[derive(Serialize, Deserialize, Clone, Debug)]
@@ -16,6 +16,7 @@ pub(crate) struct Machine {
     pub(crate) tcp_congestion_control: String,
     pub(crate) transparent_huge_pages: String,
     /// Runnable tasks over the last minute before the measurement: whether the machine was quiet.
+    #[serde(deserialize_with = "number_or_nothing")]
     pub(crate) load_before: f64,
     pub(crate) optimised_build: bool,
 }
@@ -71,6 +72,11 @@ fn first_word(path: &str) -> String {
 fn chosen(path: &str) -> String {
     let text = fs::read_to_string(path).unwrap_or_default();
     text.split_once('[').and_then(|(_, rest)| rest.split_once(']')).map_or_else(unknown, |(word, _)| word.to_owned())
+}
+
+/// JSON has no NaN: what is not known is written as nothing.
+fn number_or_nothing<'a, D: Deserializer<'a>>(from: D) -> Result<f64, D::Error> {
+    Ok(Option::deserialize(from)?.unwrap_or(f64::NAN))
 }
 
 fn unknown() -> String {

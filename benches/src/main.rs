@@ -7,6 +7,7 @@
 mod commands;
 mod guest;
 mod interrupt;
+mod keep;
 mod machine;
 mod movers;
 mod network;
@@ -15,8 +16,9 @@ mod over;
 mod peer;
 mod plain;
 mod process;
+mod report;
 mod scratch;
-#[expect(dead_code, reason = "the commands that fill it follow")]
+mod shown;
 mod study;
 #[allow(unsafe_code)]
 mod sys;
@@ -25,7 +27,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use outcome::Outcome;
+use shown::Shown;
 
 /// Measures Pageferry on this machine. Build it with --release.
 #[derive(Parser, Debug)]
@@ -63,6 +65,10 @@ enum Command {
     Link(Box<commands::LinkOptions>),
     /// The same migration over every transport, in turn
     Transports(commands::TransportsOptions),
+    /// Draws a study again: a page, a table, values for other programs
+    Report(commands::ReportOptions),
+    /// What changed between two measurements, and whether it is more than noise
+    Compare(commands::CompareOptions),
     /// The other process of a measurement; not for people
     #[command(hide = true)]
     Peer,
@@ -75,6 +81,8 @@ enum BenchError {
     Host { what: &'static str, source: std::io::Error },
     #[error("cannot read {}: {source}", path.display())]
     File { path: std::path::PathBuf, source: std::io::Error },
+    #[error("cannot write {}: {source}", path.display())]
+    Write { path: std::path::PathBuf, source: std::io::Error },
     #[error(transparent)]
     Transport(#[from] pageferry::transport::TransportError),
     #[error("the migration failed: {0}")]
@@ -121,18 +129,20 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Command::Peer => return peer::serve(),
-        Command::Reference(options) => commands::reference(options),
-        Command::Throughput(options) => commands::throughput(options),
-        Command::Transports(options) => commands::transports(options),
-        Command::Zero(options) => commands::zero(options),
-        Command::Holes(options) => commands::holes(options),
-        Command::Harvest(options) => commands::harvest(options),
-        Command::Image(options) => commands::image(options),
-        Command::Kernels(options) => commands::kernels(options),
-        Command::Downtime(options) => commands::downtime(options),
-        Command::Link(options) => commands::link(options),
+        Command::Reference(options) => boxed(commands::reference(options)),
+        Command::Throughput(options) => boxed(commands::throughput(options)),
+        Command::Transports(options) => boxed(commands::transports(options)),
+        Command::Zero(options) => boxed(commands::zero(options)),
+        Command::Holes(options) => boxed(commands::holes(options)),
+        Command::Harvest(options) => boxed(commands::harvest(options)),
+        Command::Image(options) => boxed(commands::image(options)),
+        Command::Kernels(options) => boxed(commands::kernels(options)),
+        Command::Downtime(options) => boxed(commands::downtime(options)),
+        Command::Link(options) => boxed(commands::link(options)),
+        Command::Report(options) => boxed(commands::report(options)),
+        Command::Compare(options) => boxed(commands::compare(options)),
     };
-    match result.and_then(|outcome| publish(&cli, &outcome)) {
+    match result.and_then(|found| publish(&cli, found.as_ref())) {
         Ok(()) => ExitCode::SUCCESS,
         Err(BenchError::Skipped(reason)) => {
             println!("skipped: {reason}");
@@ -145,16 +155,15 @@ fn main() -> ExitCode {
     }
 }
 
-fn publish(cli: &Cli, outcome: &Outcome) -> Result<(), BenchError> {
+fn boxed<T: Shown + 'static>(found: Result<T, BenchError>) -> Result<Box<dyn Shown>, BenchError> {
+    found.map(|found| Box::new(found) as Box<dyn Shown>)
+}
+
+fn publish(cli: &Cli, found: &dyn Shown) -> Result<(), BenchError> {
     if let Some(class) = &cli.record {
-        outcome.record(class).map_err(host("cannot write the results"))?;
+        found.record(class)?;
     }
-    if cli.json {
-        println!("{}", outcome.json());
-    } else {
-        print!("{outcome}");
-    }
-    Ok(())
+    if cli.json { shown::print(&(found.json() + "\n")) } else { shown::print(&found.to_string()) }
 }
 
 #[cfg(test)]

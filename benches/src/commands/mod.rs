@@ -1,5 +1,6 @@
 //! The benchmarks, one file each.
 
+mod compare;
 mod demo;
 mod downtime;
 mod harvest;
@@ -9,16 +10,19 @@ mod iperf;
 mod kernels;
 mod link;
 mod measured;
+mod report;
 mod throughput;
 mod transports;
 mod zero;
 
+pub(crate) use compare::{CompareOptions, compare};
 pub(crate) use downtime::{DowntimeOptions, downtime};
 pub(crate) use harvest::{HarvestOptions, harvest};
 pub(crate) use holes::{HolesOptions, holes};
 pub(crate) use image::{ImageOptions, image};
 pub(crate) use kernels::{KernelsOptions, kernels};
 pub(crate) use link::{LinkOptions, link};
+pub(crate) use report::{ReportOptions, report};
 pub(crate) use throughput::{ReferenceOptions, ThroughputOptions, reference, throughput};
 pub(crate) use transports::{TransportsOptions, transports};
 pub(crate) use zero::{ZeroOptions, zero};

@@ -3,6 +3,7 @@
 //!
 //! A *cell* is a guest on a link; a *mover* is an engine with its settings; a *run* is one migration.
 
+pub(crate) mod file;
 pub(crate) mod model;
 
 use serde::{Deserialize, Serialize};
