@@ -1,6 +1,7 @@
 //! Performs what the destination session asks for, and tells it what happened.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -81,19 +82,31 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// A panic of the VMM goes on to whoever called, but leaves neither exposed memory nor threads.
     pub(super) fn drive(mut self) -> Result<Report, Failed> {
+        match catch_unwind(AssertUnwindSafe(|| self.go_on())) {
+            Ok(Ok(())) => self.finish(),
+            Ok(Err(error)) => Err(self.fail_to_begin(error)),
+            Err(panic) => {
+                self.over.store(true, Ordering::Release);
+                self.let_go();
+                resume_unwind(panic)
+            }
+        }
+    }
+
+    /// Works until the session has ended.
+    fn go_on(&mut self) -> Result<(), Error> {
         let (lent, events, closed) = (self.lent.clone(), self.events.0.clone(), Arc::clone(&self.over));
         let acceptor = Arc::clone(&self.acceptor);
         let door = move || door::keep(&*acceptor, &lent, &events, &closed);
-        if let Err(error) = self.spawn(ThreadRole::Door, door) {
-            return Err(self.fail_to_begin(error));
-        }
+        self.spawn(ThreadRole::Door, door)?;
         loop {
             while let Some(action) = self.session.poll_action() {
                 self.perform(action);
             }
             if self.session.outcome().is_some() {
-                return self.finish();
+                return Ok(());
             }
             if self.control.is_cancelled() && !std::mem::replace(&mut self.cancel_told, true) {
                 self.tell(DestinationInput::Cancel);
@@ -330,7 +343,14 @@ impl<'a> Driver<'a> {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
         self.close_answered();
+        self.let_go();
+    }
+
+    /// Ends placing, lanes and threads, whatever they are at.
+    fn let_go(&mut self) {
+        self.stop_placing();
         self.close_lanes();
+        self.greeted.clear();
         // A thread that waits to be heard must not wait for ever.
         self.events = bounded(0);
         for thread in self.threads.drain(..) {
