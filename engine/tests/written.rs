@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::direct::{DirectAcceptor, DirectDialer, Known, Meddler, Moment, PAGE};
+use common::direct::{Call, DirectAcceptor, DirectDialer, Known, Meddler, Moment, PAGE};
 use common::{Guest, Room, Shared, content};
 use pageferry::batch::{Batch, Phase};
 use pageferry::digest::{DigestKey, HashTable, PageHasher};
@@ -59,9 +59,27 @@ fn pages_that_are_written_straight_into_memory_arrive_whole_and_are_counted() {
 }
 
 #[test]
-fn the_control_lane_alone_can_write_too() {
+fn the_control_lane_alone_carries_frames_and_no_memory_is_exposed_for_it() {
     let (_, _, known) = moves(&mut Guest::new(500, None), Known::default(), config(0));
-    assert!(known.written.load(Ordering::SeqCst) > 300);
+    assert_eq!(known.written.load(Ordering::SeqCst), 0);
+    assert_eq!(known.calls.lock().unwrap().as_slice(), []);
+}
+
+#[test]
+fn memory_is_exposed_and_attached_before_any_lane_is_dialled_that_is_to_write() {
+    let (_, _, known) = moves(&mut Guest::new(500, None), Known::default(), config(2));
+    let calls = [Call::Expose, Call::Attach, Call::Dial(0), Call::Dial(1), Call::Conceal];
+    assert!(known.calls.lock().unwrap().starts_with(&calls), "{:?}", known.calls);
+}
+
+#[test]
+fn where_one_end_alone_is_one_sided_pages_travel_in_frames() {
+    for (source, destination) in [(true, false), (false, true)] {
+        let (_, _, known) =
+            moves(&mut Guest::new(500, None), Known { source, destination, ..Known::default() }, config(2));
+        assert_eq!(known.written.load(Ordering::SeqCst), 0, "{source} {destination}");
+        assert!(known.from.lock().unwrap().is_none(), "the source learns it before it attaches its memory");
+    }
 }
 
 #[test]
@@ -155,10 +173,10 @@ fn a_source_that_says_it_has_written_where_it_cannot_is_refused() {
 
 #[test]
 fn a_write_that_fails_ends_the_lane_and_the_guest_stays() {
-    let known = Arc::new(Known::default());
+    let known = Arc::new(Known { fails: true, ..Known::default() });
     let (dialer, acceptor) = transport::in_memory();
+    let acceptor = DirectAcceptor(acceptor, known.clone());
     let arrival = std::thread::spawn(move || {
-        // Not one-sided at this end: nothing is ever exposed.
         let mut room = Room::default();
         (
             Destination::new(DestinationConfig::default()).run(&mut room, Arc::new(acceptor), &Control::new()),

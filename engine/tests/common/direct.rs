@@ -22,9 +22,25 @@ pub enum Moment {
     After,
 }
 
-/// The memories that a one-sided transport knows.
-#[derive(Default)]
+/// What the engine asked of a transport.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub enum Call {
+    Expose,
+    Attach,
+    /// A data lane.
+    Dial(u16),
+    Conceal,
+}
+
+/// The memories that a one-sided transport knows, and what it can do.
+#[allow(clippy::struct_excessive_bools)] // independent choices of a test
 pub struct Known {
+    /// This end is one-sided.
+    pub source: bool,
+    pub destination: bool,
+    /// Whatever is written does not arrive.
+    pub fails: bool,
+    pub calls: Mutex<Vec<Call>>,
     pub from: Mutex<Option<Arc<dyn GuestMemory>>>,
     pub to: Mutex<Option<Arc<dyn GuestMemory>>>,
     pub written: AtomicU64,
@@ -32,9 +48,31 @@ pub struct Known {
     pub meddler: Option<Meddler>,
 }
 
-fn one_sided() -> Capabilities {
+impl Default for Known {
+    fn default() -> Self {
+        Self {
+            source: true,
+            destination: true,
+            fails: false,
+            calls: Mutex::default(),
+            from: Mutex::default(),
+            to: Mutex::default(),
+            written: AtomicU64::new(0),
+            refuses: false,
+            meddler: None,
+        }
+    }
+}
+
+impl Known {
+    fn note(&self, call: Call) {
+        self.calls.lock().unwrap().push(call);
+    }
+}
+
+fn capabilities(one_sided: bool) -> Capabilities {
     let mut capabilities = Capabilities::default();
-    capabilities.one_sided = true;
+    capabilities.one_sided = one_sided;
     capabilities
 }
 
@@ -45,16 +83,20 @@ struct DirectSender(Box<dyn LaneSender>, Arc<Known>);
 
 impl Dialer for DirectDialer {
     fn dial(&self, role: LaneRole, timeout: Duration) -> Result<Box<dyn Lane>, TransportError> {
+        if let LaneRole::Data(index) = role {
+            self.1.note(Call::Dial(index));
+        }
         Ok(Box::new(DirectLane(self.0.dial(role, timeout)?, self.1.clone())))
     }
 
     fn attach(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
+        self.1.note(Call::Attach);
         *self.1.from.lock().unwrap() = Some(memory);
         Ok(!self.1.refuses)
     }
 
     fn capabilities(&self) -> Capabilities {
-        one_sided()
+        capabilities(self.1.source)
     }
 }
 
@@ -64,16 +106,18 @@ impl Acceptor for DirectAcceptor {
     }
 
     fn expose(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
+        self.1.note(Call::Expose);
         *self.1.to.lock().unwrap() = Some(memory);
         Ok(true)
     }
 
     fn conceal(&self) {
+        self.1.note(Call::Conceal);
         *self.1.to.lock().unwrap() = None;
     }
 
     fn capabilities(&self) -> Capabilities {
-        one_sided()
+        capabilities(self.1.destination)
     }
 }
 
@@ -95,7 +139,7 @@ impl LaneSender for DirectSender {
 
     fn write_pages(&mut self, runs: &[DirectRun]) -> io::Result<()> {
         let (from, to) = (self.1.from.lock().unwrap().clone(), self.1.to.lock().unwrap().clone());
-        let (from, to) = from.zip(to).ok_or(io::ErrorKind::PermissionDenied)?;
+        let (from, to) = from.zip(to).filter(|_| !self.1.fails).ok_or(io::ErrorKind::PermissionDenied)?;
         for run in runs {
             assert!(run.offset % PAGE == 0 && run.len % PAGE == 0 && run.len > 0);
             for offset in (run.offset..run.offset + run.len).step_by(PAGE as usize) {

@@ -237,7 +237,7 @@ impl<'a> Driver<'a> {
         }
         match self.vm.prepare(&offer.config, &offer.layout) {
             Ok(memory) if memory.layout().is_same_memory(&offer.layout) => {
-                let exposed = match self.expose(&memory) {
+                let exposed = match self.expose(&memory, offer) {
                     Ok(exposed) => exposed,
                     Err(error) => return self.tell(DestinationInput::RoomRefused(error.to_string())),
                 };
@@ -249,7 +249,7 @@ impl<'a> Driver<'a> {
                     gate: Arc::new(Gate::new(offer.data_lanes.max(1))),
                     single_lane: offer.data_lanes == 0,
                 });
-                self.tell(DestinationInput::RoomMade);
+                self.tell(DestinationInput::RoomMade { exposed });
             }
             Ok(_) => {
                 let reason = "its VMM made memory of another layout than the guest's".to_owned();
@@ -259,8 +259,10 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn expose(&self, memory: &Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
-        Ok(self.acceptor.capabilities().one_sided && self.acceptor.expose(Arc::clone(memory))?)
+    /// For data lanes: the control lane was there before the memory was.
+    fn expose(&self, memory: &Arc<dyn GuestMemory>, offer: &Offer) -> Result<bool, TransportError> {
+        let possible = offer.data_lanes > 0 && self.acceptor.capabilities().one_sided;
+        Ok(possible && self.acceptor.expose(Arc::clone(memory))?)
     }
 
     /// After this nothing that comes from the source changes the memory.

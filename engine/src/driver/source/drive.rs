@@ -266,7 +266,7 @@ impl<'a> Driver<'a> {
                     let _ = messages.send(message);
                 }
             }
-            SourceAction::OpenLanes(count) => self.dial_lanes(count),
+            SourceAction::OpenLanes { count, exposed } => self.dial_lanes(count, exposed),
             SourceAction::StartTracking => self.start_tracking(),
             SourceAction::SendRound { round, hold } => {
                 let planner = hold.map_or_else(|| Planner::new(round), |hold| Planner::patient(round, hold));
