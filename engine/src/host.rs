@@ -27,6 +27,8 @@ pub enum ThreadRole {
     Verifier(u16),
     /// Writes or reads a saved guest's file.
     File(u16),
+    /// A transport's own work, by its name.
+    Transport(&'static str),
 }
 
 /// Runs the engine's threads. VMMs that filter system calls per thread lend their own.
@@ -55,6 +57,7 @@ impl Spawner for StdSpawner {
             ThreadRole::Door => "ferry-door".to_owned(),
             ThreadRole::Verifier(index) => format!("ferry-hash-{index}"),
             ThreadRole::File(index) => format!("ferry-file-{index}"),
+            ThreadRole::Transport(work) => format!("ferry-{work}"),
         };
         let thread = std::thread::Builder::new().name(name).spawn(work)?;
         Ok(Box::new(StdJoiner(thread)))

@@ -131,7 +131,7 @@ impl Villain {
         self.hear_until(Kind::Greeting);
         self.mouth.say(&Message::Welcome { version: PROTOCOL_MAX });
         self.hear_until(Kind::Offer);
-        self.mouth.say(&Message::Accept);
+        self.mouth.say(&Message::Accept { exposed: false });
         self.hear_until(Kind::StepEnd);
         self.hear_until(Kind::StepEnd);
         self.mouth.say(&Message::RoundAck { round: 0 });

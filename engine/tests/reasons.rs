@@ -185,7 +185,7 @@ fn destination_in(phase: Phase) -> DestinationSession {
     let steps = [
         greeted(1, GreetingRole::Control),
         DestinationInput::Message(offer()),
-        DestinationInput::RoomMade,
+        DestinationInput::RoomMade { exposed: false },
         DestinationInput::RoundComplete { round: 0, digest: Digest::default() },
         DestinationInput::Message(Message::Finish(finish)),
         DestinationInput::Loaded { took: Duration::ZERO },

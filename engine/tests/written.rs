@@ -3,129 +3,21 @@
 
 mod common;
 
-use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use common::direct::{Call, DirectAcceptor, DirectDialer, Known, Meddler, Moment, PAGE};
 use common::{Guest, Room, Shared, content};
 use pageferry::batch::{Batch, Phase};
 use pageferry::digest::{DigestKey, HashTable, PageHasher};
 use pageferry::encode::{Choice, EncodedBatch, Encoder};
 use pageferry::memory::{GuestMemory, RegionId};
 use pageferry::place::{PlaceError, Placer};
-use pageferry::transport::{
-    self, Acceptor, Capabilities, Dialer, DirectRun, InMemoryAcceptor, InMemoryDialer, Lane, LaneHalves, LaneRole,
-    LaneSender, TransportError,
-};
+use pageferry::transport;
 use pageferry::units::{PageNumber, PageRun};
 use pageferry::wire::{FrameBuffer, WireError};
 use pageferry::{Compress, Control, Destination, DestinationConfig, Error, Failed, Source, SourceConfig, Verify};
-
-const PAGE: u64 = 4096;
-
-/// What happens to a page at the source while it is written: before, and after.
-type Meddler = Arc<dyn Fn(RegionId, u64, Moment) + Send + Sync>;
-
-#[derive(Clone, Copy, PartialEq)]
-enum Moment {
-    Before,
-    After,
-}
-
-/// The memories that a one-sided transport knows.
-#[derive(Default)]
-struct Known {
-    from: Mutex<Option<Arc<dyn GuestMemory>>>,
-    to: Mutex<Option<Arc<dyn GuestMemory>>>,
-    written: AtomicU64,
-    refuses: bool,
-    meddler: Option<Meddler>,
-}
-
-fn one_sided() -> Capabilities {
-    let mut capabilities = Capabilities::default();
-    capabilities.one_sided = true;
-    capabilities
-}
-
-struct DirectDialer(InMemoryDialer, Arc<Known>);
-struct DirectAcceptor(InMemoryAcceptor, Arc<Known>);
-struct DirectLane(Box<dyn Lane>, Arc<Known>);
-struct DirectSender(Box<dyn LaneSender>, Arc<Known>);
-
-impl Dialer for DirectDialer {
-    fn dial(&self, role: LaneRole, timeout: Duration) -> Result<Box<dyn Lane>, TransportError> {
-        Ok(Box::new(DirectLane(self.0.dial(role, timeout)?, self.1.clone())))
-    }
-
-    fn attach(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
-        *self.1.from.lock().unwrap() = Some(memory);
-        Ok(!self.1.refuses)
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        one_sided()
-    }
-}
-
-impl Acceptor for DirectAcceptor {
-    fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError> {
-        self.0.accept(timeout)
-    }
-
-    fn expose(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
-        *self.1.to.lock().unwrap() = Some(memory);
-        Ok(true)
-    }
-
-    fn conceal(&self) {
-        *self.1.to.lock().unwrap() = None;
-    }
-
-    fn capabilities(&self) -> Capabilities {
-        one_sided()
-    }
-}
-
-impl Lane for DirectLane {
-    fn peer(&self) -> String {
-        self.0.peer()
-    }
-
-    fn split(self: Box<Self>) -> io::Result<LaneHalves> {
-        let halves = self.0.split()?;
-        Ok(LaneHalves { sender: Box::new(DirectSender(halves.sender, self.1)), ..halves })
-    }
-}
-
-impl LaneSender for DirectSender {
-    fn send(&mut self, frame: &mut [IoSlice<'_>]) -> io::Result<()> {
-        self.0.send(frame)
-    }
-
-    fn write_pages(&mut self, runs: &[DirectRun]) -> io::Result<()> {
-        let (from, to) = (self.1.from.lock().unwrap().clone(), self.1.to.lock().unwrap().clone());
-        let (from, to) = from.zip(to).ok_or(io::ErrorKind::PermissionDenied)?;
-        for run in runs {
-            assert!(run.offset % PAGE == 0 && run.len % PAGE == 0 && run.len > 0);
-            for offset in (run.offset..run.offset + run.len).step_by(PAGE as usize) {
-                let meddle = |moment| {
-                    if let Some(meddle) = &self.1.meddler {
-                        meddle(run.region, offset, moment);
-                    }
-                };
-                let mut page = [0; PAGE as usize];
-                meddle(Moment::Before);
-                from.read(run.region, offset, &mut page).map_err(io::Error::other)?;
-                to.write(run.region, offset, &page).map_err(io::Error::other)?;
-                meddle(Moment::After);
-                self.1.written.fetch_add(1, Ordering::SeqCst);
-            }
-        }
-        Ok(())
-    }
-}
 
 fn config(lanes: u16) -> SourceConfig {
     let mut config = SourceConfig::default();
@@ -167,9 +59,27 @@ fn pages_that_are_written_straight_into_memory_arrive_whole_and_are_counted() {
 }
 
 #[test]
-fn the_control_lane_alone_can_write_too() {
+fn the_control_lane_alone_carries_frames_and_no_memory_is_exposed_for_it() {
     let (_, _, known) = moves(&mut Guest::new(500, None), Known::default(), config(0));
-    assert!(known.written.load(Ordering::SeqCst) > 300);
+    assert_eq!(known.written.load(Ordering::SeqCst), 0);
+    assert_eq!(known.calls.lock().unwrap().as_slice(), []);
+}
+
+#[test]
+fn memory_is_exposed_and_attached_before_any_lane_is_dialled_that_is_to_write() {
+    let (_, _, known) = moves(&mut Guest::new(500, None), Known::default(), config(2));
+    let calls = [Call::Expose, Call::Attach, Call::Dial(0), Call::Dial(1), Call::Conceal];
+    assert!(known.calls.lock().unwrap().starts_with(&calls), "{:?}", known.calls);
+}
+
+#[test]
+fn where_one_end_alone_is_one_sided_pages_travel_in_frames() {
+    for (source, destination) in [(true, false), (false, true)] {
+        let (_, _, known) =
+            moves(&mut Guest::new(500, None), Known { source, destination, ..Known::default() }, config(2));
+        assert_eq!(known.written.load(Ordering::SeqCst), 0, "{source} {destination}");
+        assert!(known.from.lock().unwrap().is_none(), "the source learns it before it attaches its memory");
+    }
 }
 
 #[test]
@@ -263,10 +173,10 @@ fn a_source_that_says_it_has_written_where_it_cannot_is_refused() {
 
 #[test]
 fn a_write_that_fails_ends_the_lane_and_the_guest_stays() {
-    let known = Arc::new(Known::default());
+    let known = Arc::new(Known { fails: true, ..Known::default() });
     let (dialer, acceptor) = transport::in_memory();
+    let acceptor = DirectAcceptor(acceptor, known.clone());
     let arrival = std::thread::spawn(move || {
-        // Not one-sided at this end: nothing is ever exposed.
         let mut room = Room::default();
         (
             Destination::new(DestinationConfig::default()).run(&mut room, Arc::new(acceptor), &Control::new()),

@@ -407,7 +407,7 @@ impl SourceHost {
         match action {
             SourceAction::Dial | SourceAction::DialSettle => ctx.dial(self.id, LaneRole::Control),
             SourceAction::Send(message) => self.send(ctx, message),
-            SourceAction::OpenLanes(count) => {
+            SourceAction::OpenLanes { count, .. } => {
                 self.dialling = Some((count, Vec::new()));
                 self.dial_next(ctx);
             }

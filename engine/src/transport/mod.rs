@@ -93,8 +93,8 @@ pub trait Dialer: Send + Sync {
     fn dial(&self, role: LaneRole, timeout: Duration) -> Result<Box<dyn Lane>, TransportError>;
 
     /// Hears which memory pages may be written from ([`LaneSender::write_pages`]), before data lanes are dialled. Only a
-    /// transport that is [one-sided](Capabilities::one_sided) is told. `false` if it cannot do so after all:
-    /// then pages travel in frames.
+    /// transport that is [one-sided](Capabilities::one_sided) is told, and only if the destination has exposed its
+    /// memory. `false` if it cannot do so after all: then pages travel in frames, as they do on the control lane.
     fn attach(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
         let _ = memory;
         Ok(false)
@@ -112,8 +112,9 @@ pub trait Acceptor: Send + Sync {
     /// The next lane; `None` when none came within `timeout`.
     fn accept(&self, timeout: Duration) -> Result<Option<Box<dyn Lane>>, TransportError>;
 
-    /// Lets the source write into this memory, within the bounds of its regions that travel. Called once a
-    /// guest was accepted, if the transport is [one-sided](Capabilities::one_sided); `false` if it cannot.
+    /// Lets the source write into this memory, within the bounds of its regions that travel. Called before a
+    /// guest is accepted and so before its data lanes come, if there are to be any and the transport is
+    /// [one-sided](Capabilities::one_sided); `false` if it cannot: the source is told.
     fn expose(&self, memory: Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
         let _ = memory;
         Ok(false)

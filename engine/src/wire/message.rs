@@ -124,7 +124,10 @@ pub enum Message {
     /// See [`Offer`].
     Offer(Box<Offer>),
     /// Room has been made.
-    Accept,
+    Accept {
+        /// The source may write pages straight into it, if its transport can.
+        exposed: bool,
+    },
     /// A lane has sent all it has of a step.
     StepEnd {
         /// The step: two per round.
@@ -194,7 +197,10 @@ impl Message {
                 offer.encode(out);
                 Kind::Offer
             }
-            Self::Accept => Kind::Accept,
+            Self::Accept { exposed } => {
+                out.u8(u8::from(*exposed));
+                Kind::Accept
+            }
             Self::StepEnd { step } => {
                 *header_step = *step;
                 Kind::StepEnd
@@ -258,7 +264,7 @@ impl Message {
             Kind::Welcome => Self::Welcome { version: body.u16("version")? },
             Kind::Refuse => Self::Refuse(Refusal::decode(body)?),
             Kind::Offer => Self::Offer(Box::new(Offer::decode(body)?)),
-            Kind::Accept => Self::Accept,
+            Kind::Accept => Self::Accept { exposed: body.flag("exposed")? },
             Kind::StepEnd => Self::StepEnd { step },
             Kind::RoundAck => Self::RoundAck { round: step },
             Kind::State => Self::State(body.bytes("state", STATE_CHUNK)?.to_vec()),
@@ -451,7 +457,8 @@ mod tests {
                 layout,
                 config: vec![1, 2, 3],
             })),
-            Message::Accept,
+            Message::Accept { exposed: true },
+            Message::Accept { exposed: false },
             Message::StepEnd { step: 5 },
             Message::RoundAck { round: u32::MAX },
             Message::State(vec![0xFE; 1000]),

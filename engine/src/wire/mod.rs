@@ -11,10 +11,10 @@ pub use frame::{FrameBuffer, HEADER_LEN, Header, Kind};
 pub use message::{Finish, Greeting, GreetingRole, Message, Offer, Owner, Prepared, Refusal, SessionId};
 
 /// The lowest protocol version this build speaks.
-pub const PROTOCOL_MIN: u16 = 4;
+pub const PROTOCOL_MIN: u16 = 5;
 
 /// The highest protocol version this build speaks.
-pub const PROTOCOL_MAX: u16 = 4;
+pub const PROTOCOL_MAX: u16 = 5;
 
 /// Bytes that are no valid frame or message.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

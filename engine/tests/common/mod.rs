@@ -1,6 +1,7 @@
 //! A guest without a hypervisor, for the engine's own tests: a mapping that a thread writes.
 #![allow(dead_code, missing_docs, unreachable_pub, missing_debug_implementations)]
 
+pub mod direct;
 pub mod source;
 
 use std::io::{Read, Write};

@@ -46,9 +46,9 @@ pub fn source_answers(action: &SourceAction) -> Vec<SourceInput> {
         SourceAction::Send(Message::Greeting(_)) => {
             vec![SourceInput::Message(Message::Welcome { version: PROTOCOL_MAX })]
         }
-        SourceAction::Send(Message::Offer(_)) => vec![SourceInput::Message(Message::Accept)],
+        SourceAction::Send(Message::Offer(_)) => vec![SourceInput::Message(Message::Accept { exposed: false })],
         SourceAction::Send(Message::Finish(_)) => vec![SourceInput::Message(prepared)],
-        SourceAction::OpenLanes(_) => vec![SourceInput::LanesOpen],
+        SourceAction::OpenLanes { .. } => vec![SourceInput::LanesOpen],
         SourceAction::StartTracking => vec![SourceInput::Tracking { dirty_pages: 0 }],
         &SourceAction::SendRound { round, .. } => vec![
             SourceInput::RoundQueued,

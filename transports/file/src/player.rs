@@ -128,7 +128,7 @@ impl Player {
             (State::AwaitWelcome, Message::Welcome { version }) if *version == self.protocol => {
                 self.state = State::Offering;
             }
-            (State::AwaitAccept, Message::Accept) => {
+            (State::AwaitAccept, Message::Accept { .. }) => {
                 self.state = State::Playing;
                 self.lanes_open = true;
             }
@@ -205,7 +205,7 @@ mod tests {
         assert_eq!(player.turn(), Turn::Repeat);
         player.repeat(Kind::Offer, Some(&offer(lanes, Verify::Digest))).unwrap();
         assert!(player.turn() == Turn::Wait && !player.lanes_open());
-        player.answered(&Message::Accept);
+        player.answered(&Message::Accept { exposed: false });
         assert!(player.turn() == Turn::Repeat && player.lanes_open());
         player
     }

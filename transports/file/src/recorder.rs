@@ -147,7 +147,7 @@ impl Recorder {
         self.lanes = offer.data_lanes;
         self.barrier = Barrier::new(offer.data_lanes.max(1));
         self.state = State::Recording;
-        self.actions.push_back(Action::Answer(Message::Accept));
+        self.actions.push_back(Action::Answer(Message::Accept { exposed: false }));
         true
     }
 
@@ -294,7 +294,7 @@ mod tests {
         let mut recorder = Recorder::greeted(&greeting()).unwrap();
         assert!(recorder.message(&offer(lanes, Verify::Digest)));
         let version = PROTOCOL_MAX;
-        let answers = [Message::Welcome { version }, Message::Accept].map(Action::Answer);
+        let answers = [Message::Welcome { version }, Message::Accept { exposed: false }].map(Action::Answer);
         assert_eq!(actions(&mut recorder), answers);
         recorder
     }
@@ -344,7 +344,7 @@ mod tests {
             |recorder| assert!(!recorder.message(&Message::Abort { reason: String::new() })),
             |recorder| assert!(!recorder.fail("the disk is full".to_owned())),
             |recorder| assert_eq!(recorder.settle(SESSION), Some(Message::Settled(Owner::Source))),
-            |recorder| assert!(!recorder.message(&Message::Accept)),
+            |recorder| assert!(!recorder.message(&Message::Accept { exposed: false })),
         ];
         for (case, end) in ends.iter().enumerate() {
             for mut recorder in [recording(2), ready()] {

@@ -15,6 +15,7 @@ use pageferry::transport::{
 };
 use pageferry::wire::FrameBuffer;
 
+use crate::attendant::Attendant;
 use crate::connection::{Connection, MAX_MESSAGE};
 use crate::dial::{LAST_WAIT, common};
 use crate::lane::{Farewells, Shared, halves, lock};
@@ -23,7 +24,7 @@ use crate::pump::{self, Reconnect};
 use crate::{PathFailure, PathOptions};
 
 /// How long each path is listened to before the next has its turn.
-const TURN: Duration = Duration::from_millis(5);
+pub(crate) const TURN: Duration = Duration::from_millis(5);
 
 /// How often a lane without a connection looks whether it has ended.
 const LOOK: Duration = Duration::from_millis(50);
@@ -36,6 +37,7 @@ pub struct PathsAcceptor {
     paths: Vec<Arc<dyn Acceptor>>,
     turn: AtomicUsize,
     known: Arc<Known>,
+    attendant: Option<Attendant>,
 }
 
 impl std::fmt::Debug for PathsAcceptor {
@@ -45,15 +47,30 @@ impl std::fmt::Debug for PathsAcceptor {
 }
 
 impl PathsAcceptor {
-    /// Listens on all of these.
+    /// Listens on all of these, as long as the engine accepts lanes: at a destination.
     pub fn new(paths: impl IntoIterator<Item = Arc<dyn Acceptor>>, options: PathOptions) -> Self {
         let known = Known { lanes: Mutex::default(), options, farewells: Arc::default() };
-        Self { paths: paths.into_iter().collect(), turn: AtomicUsize::new(0), known: Arc::new(known) }
+        Self { paths: paths.into_iter().collect(), turn: AtomicUsize::new(0), known: Arc::new(known), attendant: None }
+    }
+
+    /// Listens on all of these by a thread of its own, whether anybody accepts or not: at a source to which the destination
+    /// dials, and whose host accepts the lanes and hands them to the engine as
+    /// [`ReadyLanes`](pageferry::transport::ReadyLanes). Such lanes can be sent on at once. Keep the acceptor as long as
+    /// them: without it their connections cannot be replaced.
+    ///
+    /// # Errors
+    ///
+    /// No thread was to be had.
+    pub fn attended(paths: impl IntoIterator<Item = Arc<dyn Acceptor>>, options: PathOptions) -> io::Result<Self> {
+        let mut acceptor = Self::new(paths, options);
+        acceptor.attendant = Some(Attendant::start(&acceptor.paths, &acceptor.known)?);
+        Ok(acceptor)
     }
 }
 
 impl Drop for PathsAcceptor {
     fn drop(&mut self) {
+        self.attendant = None;
         self.known.farewells.wait(LAST_WAIT);
     }
 }
@@ -63,6 +80,9 @@ impl Acceptor for PathsAcceptor {
         if self.paths.is_empty() {
             let source = io::Error::new(io::ErrorKind::InvalidInput, "no path was given");
             return Err(TransportError::Accept { local: "nowhere".to_owned(), source });
+        }
+        if let Some(attendant) = &self.attendant {
+            return attendant.accept(timeout);
         }
         let started = Instant::now();
         loop {
@@ -96,9 +116,9 @@ impl Acceptor for PathsAcceptor {
 }
 
 /// The lanes of this acceptor.
-struct Known {
+pub(crate) struct Known {
     lanes: Mutex<HashMap<LaneId, KnownLane>>,
-    options: PathOptions,
+    pub(crate) options: PathOptions,
     farewells: Arc<Farewells>,
 }
 
@@ -121,6 +141,53 @@ impl Known {
         let doorstep = Arc::new(Doorstep::new(attempt));
         lanes.insert(shared.id, (Arc::downgrade(shared), Arc::clone(&doorstep)));
         Ok(doorstep)
+    }
+
+    /// Whether a connection with this first word begins a lane, as far as can be told.
+    fn begins(&self, message: PathMessage) -> bool {
+        matches!(message, PathMessage::Begin { lane, .. } if self.find(&lane).is_none())
+    }
+
+    /// Gives a connection to the lane that it is for; the lane, if it begins one.
+    pub(crate) fn sort(
+        self: &Arc<Self>,
+        mut connection: Connection,
+        message: PathMessage,
+        distrust: bool,
+    ) -> io::Result<Option<LaneHalves>> {
+        match message {
+            PathMessage::Begin { lane, attempt } if self.find(&lane).is_none() => {
+                self.begin(lane, attempt, connection, distrust).map(Some)
+            }
+            PathMessage::Begin { lane, attempt } | PathMessage::GoOn { lane, attempt, .. } => {
+                let Some((shared, doorstep)) = self.find(&lane) else {
+                    connection.tell(PathMessage::Gone)?;
+                    return Ok(None);
+                };
+                let received = if let PathMessage::GoOn { received, .. } = message { received } else { 0 };
+                doorstep.put(&shared, attempt, connection, received);
+                Ok(None)
+            }
+            _ => Err(PathFailure::Misbehaved("it did not say which lane it means").into()),
+        }
+    }
+
+    fn begin(
+        self: &Arc<Self>,
+        id: LaneId,
+        attempt: u32,
+        mut connection: Connection,
+        distrust: bool,
+    ) -> io::Result<LaneHalves> {
+        let shared = Shared::new(id, self.options.clone(), Arc::clone(&self.farewells));
+        let doorstep = self.add(&shared, attempt)?;
+        connection.tell(PathMessage::GoesOn { received: 0 })?;
+        shared.make_known();
+        let receiver = shared.install(connection, 0)?;
+        let (trust, trusted) = if distrust { Some(bounded(0)) } else { None }.unzip();
+        let (halves, delivery) = halves(&shared, trust);
+        pump::start(&shared, receiver, delivery, Box::new(doorstep), trusted)?;
+        Ok(halves)
     }
 }
 
@@ -227,40 +294,13 @@ impl NewReceiver {
     fn hear(&mut self, mut connection: Connection, known: &Arc<Known>) -> io::Result<Box<dyn LaneReceiver>> {
         let mut frame = FrameBuffer::with_limit(MAX_MESSAGE);
         connection.receiver.receive(&mut frame)?;
-        match PathMessage::decode(&frame)? {
-            Some(PathMessage::Begin { lane, attempt }) if known.find(&lane).is_none() => {
-                self.begin(lane, attempt, connection, known)
-            }
-            Some(message @ (PathMessage::Begin { lane, attempt } | PathMessage::GoOn { lane, attempt, .. })) => {
-                // The engine's door is to let it go without closing it.
-                *lock(&self.slot) = Slot::Gone;
-                let Some((shared, doorstep)) = known.find(&lane) else {
-                    connection.tell(PathMessage::Gone)?;
-                    return Err(PathFailure::Closed.into());
-                };
-                let received = if let PathMessage::GoOn { received, .. } = message { received } else { 0 };
-                doorstep.put(&shared, attempt, connection, received);
-                Err(PathFailure::Closed.into())
-            }
-            _ => Err(PathFailure::Misbehaved("it did not say which lane it means").into()),
+        let message =
+            PathMessage::decode(&frame)?.ok_or(PathFailure::Misbehaved("it did not say which lane it means"))?;
+        if !known.begins(message) {
+            // The engine's door is to let it go without closing it.
+            *lock(&self.slot) = Slot::Gone;
         }
-    }
-
-    fn begin(
-        &self,
-        id: LaneId,
-        attempt: u32,
-        mut connection: Connection,
-        known: &Arc<Known>,
-    ) -> io::Result<Box<dyn LaneReceiver>> {
-        let shared = Shared::new(id, known.options.clone(), Arc::clone(&known.farewells));
-        let doorstep = known.add(&shared, attempt)?;
-        connection.tell(PathMessage::GoesOn { received: 0 })?;
-        shared.make_known();
-        let receiver = shared.install(connection, 0)?;
-        let (trust, trusted) = bounded(0);
-        let (halves, delivery) = halves(&shared, Some(trust));
-        pump::start(&shared, receiver, delivery, Box::new(doorstep), Some(trusted))?;
+        let Some(halves) = known.sort(connection, message, true)? else { return Err(PathFailure::Closed.into()) };
         let mut slot = lock(&self.slot);
         if matches!(*slot, Slot::Gone) {
             // Closed while it was introduced: dropping the halves ends it.

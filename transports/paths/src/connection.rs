@@ -8,8 +8,8 @@ use crossbeam_channel::{RecvTimeoutError, bounded};
 use pageferry::transport::{LaneCloser, LaneHalves, LaneReceiver, LaneSender};
 use pageferry::wire::FrameBuffer;
 
-use crate::PathFailure;
 use crate::message::PathMessage;
+use crate::{PathFailure, PathOptions};
 
 /// A connection: a lane of one path's transport.
 pub(crate) struct Connection {
@@ -30,10 +30,10 @@ impl Connection {
     }
 
     /// The next message, which must come in time; no frame of the engine is due.
-    pub(crate) fn hear(&mut self, within: Duration) -> io::Result<PathMessage> {
+    pub(crate) fn hear(&mut self, within: Duration, options: &PathOptions) -> io::Result<PathMessage> {
         let (done, waiting) = bounded::<()>(0);
         let closer = Arc::clone(&self.closer);
-        std::thread::Builder::new().name("patience".to_owned()).spawn(move || {
+        options.spawn("patience", move || {
             if waiting.recv_timeout(within) == Err(RecvTimeoutError::Timeout) {
                 closer.close();
             }

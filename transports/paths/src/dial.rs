@@ -18,6 +18,9 @@ const DISTRUST: Duration = Duration::from_secs(10);
 /// Pause between two rounds of attempts on all paths.
 const RETRY: Duration = Duration::from_millis(50);
 
+/// Longest pause before another connection in place of one that broke before anything came or went.
+const LONGEST_PAUSE: Duration = Duration::from_secs(1);
+
 /// Longest wait for farewells when a dialer or an acceptor is dropped.
 pub(crate) const LAST_WAIT: Duration = Duration::from_secs(1);
 
@@ -69,7 +72,7 @@ impl Dialer for PathsDialer {
         let shared = Shared::new(id, self.0.options.clone(), Arc::clone(&self.0.farewells));
         let receiver = shared.install(connection, 0).map_err(|failure| failed(failure.into()))?;
         let (halves, delivery) = halves(&shared, None);
-        let redial = Redial { paths: Arc::clone(&self.0), role, at, attempts };
+        let redial = Redial { paths: Arc::clone(&self.0), role, at, attempts, futile: Futile::default() };
         pump::start(&shared, receiver, delivery, Box::new(redial), None).map_err(failed)?;
         Ok(Box::new(PathLane { peer, halves }))
     }
@@ -166,11 +169,33 @@ struct Redial {
     at: usize,
     /// Connections tried.
     attempts: u32,
+    futile: Futile,
+}
+
+/// Connections in a row over which nothing came and nothing went.
+#[derive(Default)]
+struct Futile {
+    count: u32,
+    /// Frames that this side had received, and the peer, when the last one was opened.
+    progress: Option<(u64, u64)>,
+}
+
+impl Futile {
+    /// How long to wait before the next connection.
+    fn pause(&mut self, ours: u64, theirs: u64) -> Duration {
+        let moved = self.progress.replace((ours, theirs)) != Some((ours, theirs));
+        self.count = if moved { 0 } else { self.count.saturating_add(1) };
+        match self.count.checked_sub(1) {
+            None => Duration::ZERO,
+            Some(doublings) => RETRY.saturating_mul(1 << doublings.min(16)).min(LONGEST_PAUSE),
+        }
+    }
 }
 
 impl Reconnect for Redial {
     fn reconnect(&mut self, shared: &Shared, received: u64) -> Result<(Connection, u64), PathFailure> {
         let options = &self.paths.options;
+        rest(self.futile.pause(received, shared.acknowledged()), shared);
         let until = Instant::now() + options.give_up_after;
         // What was never heard of may not have begun.
         let lane = shared.id;
@@ -184,7 +209,7 @@ impl Reconnect for Redial {
             let longest = options.redial_timeout * self.paths.all.len() as u32;
             let longest = longest.min(options.give_up_after);
             match self.paths.connect(self.role, longest, &mut self.attempts, &message) {
-                Ok((mut connection, peer, at)) => match connection.hear(options.redial_timeout) {
+                Ok((mut connection, peer, at)) => match connection.hear(options.redial_timeout, options) {
                     Ok(PathMessage::GoesOn { received }) => {
                         self.at = at;
                         return Ok((connection, received));
@@ -204,10 +229,18 @@ impl Reconnect for Redial {
     }
 }
 
+/// Waits, unless the lane is over.
+fn rest(pause: Duration, shared: &Shared) {
+    let until = Instant::now() + pause;
+    while !shared.is_over() && Instant::now() < until {
+        std::thread::sleep(RETRY.min(until.saturating_duration_since(Instant::now())));
+    }
+}
+
 /// A lane whose halves are there already.
-struct PathLane {
-    peer: String,
-    halves: LaneHalves,
+pub(crate) struct PathLane {
+    pub(crate) peer: String,
+    pub(crate) halves: LaneHalves,
 }
 
 impl Lane for PathLane {
@@ -217,5 +250,20 @@ impl Lane for PathLane {
 
     fn split(self: Box<Self>) -> io::Result<LaneHalves> {
         Ok(self.halves)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_that_bring_nothing_are_opened_more_and_more_rarely() {
+        let mut futile = Futile::default();
+        let pauses: Vec<_> = (0..8).map(|_| futile.pause(5, 7).as_millis()).collect();
+        assert_eq!(pauses, [0, 50, 100, 200, 400, 800, 1000, 1000]);
+        assert_eq!(futile.pause(5, 8), Duration::ZERO, "the peer has received something");
+        assert_eq!(futile.pause(6, 8), Duration::ZERO, "something has come");
+        assert_eq!(futile.pause(6, 8), RETRY);
     }
 }

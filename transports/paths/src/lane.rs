@@ -128,7 +128,7 @@ impl Shared {
         if wire.is_behind(self.end_of_queue()) {
             // On a thread of its own: the pump has to receive meanwhile, or both sides might only send.
             let shared = Arc::clone(self);
-            let resend = std::thread::Builder::new().name("resend".to_owned()).spawn(move || shared.resend());
+            let resend = self.options.spawn("resend", move || shared.resend());
             if resend.is_err() {
                 wire.fail();
             }
@@ -183,6 +183,11 @@ impl Shared {
         if let Some(closer) = &*lock(&self.closer) {
             closer.close();
         }
+    }
+
+    /// Frames of this side that the peer has received.
+    pub(crate) fn acknowledged(&self) -> u64 {
+        lock(&self.queue).sent.acknowledged()
     }
 
     pub(crate) fn acknowledge(&self, received: u64) -> Result<(), PathFailure> {
@@ -259,7 +264,7 @@ impl Shared {
         }
         let shared = Arc::clone(self);
         let said = self.farewells.begin();
-        let farewell = std::thread::Builder::new().name("farewell".to_owned()).spawn(move || {
+        let farewell = self.options.spawn("farewell", move || {
             shared.say_farewell();
             drop(said);
         });
@@ -272,7 +277,7 @@ impl Shared {
     fn say_farewell(self: &Arc<Self>) {
         let shared = Arc::clone(self);
         let (said, heard) = bounded::<()>(0);
-        let saying = std::thread::Builder::new().name("last word".to_owned()).spawn(move || {
+        let saying = self.options.spawn("last-word", move || {
             let mut wire = lock(&shared.wire);
             // Whoever sends what came before says it then.
             if wire.next_to_resend().is_none() {

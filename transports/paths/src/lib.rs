@@ -10,6 +10,7 @@
 #![deny(unsafe_code)]
 
 mod accept;
+mod attendant;
 mod connection;
 mod dial;
 mod lane;
@@ -20,11 +21,14 @@ mod unacknowledged;
 pub use accept::PathsAcceptor;
 pub use dial::PathsDialer;
 
-use std::io;
+use std::sync::Arc;
 use std::time::Duration;
+use std::{fmt, io};
+
+use pageferry::host::{Joiner, Spawner, StdSpawner, ThreadRole};
 
 /// Choices for both ends.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct PathOptions {
     /// A lane that has had no connection for this long is broken. Default 8 s: less than the 10 s for which the engine bears a
@@ -36,11 +40,36 @@ pub struct PathOptions {
     /// 10 Gbps have under way in 13 ms. Whoever sends waits when so many are. Less than 4 MiB counts as that: the peer
     /// acknowledges in portions of 1 MiB.
     pub unacknowledged: usize,
+    /// Lends the threads: one per lane, one more per lane that receives much, and some for a moment when a connection
+    /// breaks or a lane ends.
+    pub spawner: Arc<dyn Spawner>,
 }
 
 impl Default for PathOptions {
     fn default() -> Self {
-        Self { give_up_after: Duration::from_secs(8), redial_timeout: Duration::from_secs(2), unacknowledged: 16 << 20 }
+        Self {
+            give_up_after: Duration::from_secs(8),
+            redial_timeout: Duration::from_secs(2),
+            unacknowledged: 16 << 20,
+            spawner: Arc::new(StdSpawner),
+        }
+    }
+}
+
+impl fmt::Debug for PathOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { give_up_after, redial_timeout, unacknowledged, .. } = self;
+        f.debug_struct("PathOptions")
+            .field("give_up_after", give_up_after)
+            .field("redial_timeout", redial_timeout)
+            .field("unacknowledged", unacknowledged)
+            .finish_non_exhaustive()
+    }
+}
+
+impl PathOptions {
+    fn spawn(&self, what: &'static str, work: impl FnOnce() + Send + 'static) -> io::Result<Box<dyn Joiner>> {
+        self.spawner.spawn(ThreadRole::Transport(what), Box::new(work))
     }
 }
 

@@ -53,7 +53,7 @@ pub(crate) fn start(
         bytes: 0,
         hushed: false,
     };
-    std::thread::Builder::new().name("path".to_owned()).spawn(move || pump.run(receiver)).map(drop)
+    shared.options.spawn("path", move || pump.run(receiver)).map(drop)
 }
 
 struct Pump {
@@ -216,10 +216,11 @@ impl Pump {
 /// Starts a thread that tells the peer how much was received, whenever it is called. Without one whoever sends next does.
 fn start_teller(shared: &Arc<Shared>) -> Option<Sender<()>> {
     let (shared, (caller, calls)) = (Arc::clone(shared), bounded::<()>(1));
+    let teller = Arc::clone(&shared);
     let tell = move || {
         while calls.recv().is_ok() {
-            shared.answer(&mut lock(&shared.wire));
+            teller.answer(&mut lock(&teller.wire));
         }
     };
-    std::thread::Builder::new().name("teller".to_owned()).spawn(tell).ok().map(|_| caller)
+    shared.options.spawn("teller", tell).ok().map(|_| caller)
 }

@@ -25,6 +25,11 @@ impl Unacknowledged {
         self.first + self.frames.len() as u64
     }
 
+    /// So many frames were acknowledged.
+    pub(crate) fn acknowledged(&self) -> u64 {
+        self.first
+    }
+
     /// Whether all was acknowledged.
     pub(crate) fn is_empty(&self) -> bool {
         self.frames.is_empty()

@@ -272,3 +272,25 @@ fn what_was_sent_before_the_end_arrives_though_the_connection_broke() {
     }
     assert_eq!(hear(&mut peer), Some(vec![4]));
 }
+
+#[test]
+fn a_path_that_opens_and_breaks_at_once_is_not_tried_without_a_pause() {
+    let (dialler, accept) = dialler(PathOptions::default());
+    let near = dialler.dial(LaneRole::Control, PATIENCE).unwrap().split().unwrap();
+    let (count, over) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicBool::new(false)));
+    let (tries, ended) = (count.clone(), over.clone());
+    let peer = std::thread::spawn(move || {
+        while !ended.load(Ordering::SeqCst) {
+            let mut peer = accept();
+            assert!(hear(&mut peer).unwrap()[0] <= 1);
+            tell(&mut peer, &[&[2][..], &[0; 8]].concat());
+            tries.fetch_add(1, Ordering::SeqCst);
+        }
+    });
+    std::thread::sleep(Duration::from_millis(1500));
+    // On a slow host there are fewer still.
+    assert!((2..12).contains(&count.load(Ordering::SeqCst)), "{count:?}");
+    over.store(true, Ordering::SeqCst);
+    peer.join().unwrap();
+    near.closer.close();
+}

@@ -34,7 +34,7 @@ impl DestinationHost {
         let took = ctx.clock.now.saturating_sub(self.work_began);
         let input = match action {
             DestinationAction::MakeRoom(offer) => match self.make_room(&offer) {
-                Ok(()) => DestinationInput::RoomMade,
+                Ok(()) => DestinationInput::RoomMade { exposed: false },
                 Err(error) => DestinationInput::RoomRefused(error.to_string()),
             },
             DestinationAction::Load(state) => match self.load(&state) {

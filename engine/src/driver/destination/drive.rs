@@ -1,6 +1,7 @@
 //! Performs what the destination session asks for, and tells it what happened.
 
 use std::collections::{HashMap, VecDeque};
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
@@ -81,19 +82,31 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// A panic of the VMM goes on to whoever called, but leaves neither exposed memory nor threads.
     pub(super) fn drive(mut self) -> Result<Report, Failed> {
+        match catch_unwind(AssertUnwindSafe(|| self.go_on())) {
+            Ok(Ok(())) => self.finish(),
+            Ok(Err(error)) => Err(self.fail_to_begin(error)),
+            Err(panic) => {
+                self.over.store(true, Ordering::Release);
+                self.let_go();
+                resume_unwind(panic)
+            }
+        }
+    }
+
+    /// Works until the session has ended.
+    fn go_on(&mut self) -> Result<(), Error> {
         let (lent, events, closed) = (self.lent.clone(), self.events.0.clone(), Arc::clone(&self.over));
         let acceptor = Arc::clone(&self.acceptor);
         let door = move || door::keep(&*acceptor, &lent, &events, &closed);
-        if let Err(error) = self.spawn(ThreadRole::Door, door) {
-            return Err(self.fail_to_begin(error));
-        }
+        self.spawn(ThreadRole::Door, door)?;
         loop {
             while let Some(action) = self.session.poll_action() {
                 self.perform(action);
             }
             if self.session.outcome().is_some() {
-                return self.finish();
+                return Ok(());
             }
             if self.control.is_cancelled() && !std::mem::replace(&mut self.cancel_told, true) {
                 self.tell(DestinationInput::Cancel);
@@ -224,7 +237,7 @@ impl<'a> Driver<'a> {
         }
         match self.vm.prepare(&offer.config, &offer.layout) {
             Ok(memory) if memory.layout().is_same_memory(&offer.layout) => {
-                let exposed = match self.expose(&memory) {
+                let exposed = match self.expose(&memory, offer) {
                     Ok(exposed) => exposed,
                     Err(error) => return self.tell(DestinationInput::RoomRefused(error.to_string())),
                 };
@@ -236,7 +249,7 @@ impl<'a> Driver<'a> {
                     gate: Arc::new(Gate::new(offer.data_lanes.max(1))),
                     single_lane: offer.data_lanes == 0,
                 });
-                self.tell(DestinationInput::RoomMade);
+                self.tell(DestinationInput::RoomMade { exposed });
             }
             Ok(_) => {
                 let reason = "its VMM made memory of another layout than the guest's".to_owned();
@@ -246,8 +259,10 @@ impl<'a> Driver<'a> {
         }
     }
 
-    fn expose(&self, memory: &Arc<dyn GuestMemory>) -> Result<bool, TransportError> {
-        Ok(self.acceptor.capabilities().one_sided && self.acceptor.expose(Arc::clone(memory))?)
+    /// For data lanes: the control lane was there before the memory was.
+    fn expose(&self, memory: &Arc<dyn GuestMemory>, offer: &Offer) -> Result<bool, TransportError> {
+        let possible = offer.data_lanes > 0 && self.acceptor.capabilities().one_sided;
+        Ok(possible && self.acceptor.expose(Arc::clone(memory))?)
     }
 
     /// After this nothing that comes from the source changes the memory.
@@ -330,7 +345,14 @@ impl<'a> Driver<'a> {
             std::thread::sleep(due.saturating_duration_since(Instant::now()));
         }
         self.close_answered();
+        self.let_go();
+    }
+
+    /// Ends placing, lanes and threads, whatever they are at.
+    fn let_go(&mut self) {
+        self.stop_placing();
         self.close_lanes();
+        self.greeted.clear();
         // A thread that waits to be heard must not wait for ever.
         self.events = bounded(0);
         for thread in self.threads.drain(..) {

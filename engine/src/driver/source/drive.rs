@@ -1,5 +1,6 @@
 //! Performs what the source session asks for, and tells it what happened.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -140,14 +141,24 @@ impl<'a> Driver<'a> {
         }
     }
 
+    /// A panic of the VMM goes on to whoever called, but leaves no threads.
     pub(super) fn drive(mut self) -> Result<Report, Failed> {
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(|| self.go_on())) {
+            self.let_go();
+            resume_unwind(panic)
+        }
+        self.finish()
+    }
+
+    /// Works until the session has ended.
+    fn go_on(&mut self) {
         self.tell(SourceInput::Tick);
         loop {
             while let Some(action) = self.session.poll_action() {
                 self.perform(action);
             }
             if self.session.outcome().is_some() {
-                return self.finish();
+                return;
             }
             self.hear_control();
             self.plan();
@@ -255,7 +266,7 @@ impl<'a> Driver<'a> {
                     let _ = messages.send(message);
                 }
             }
-            SourceAction::OpenLanes(count) => self.dial_lanes(count),
+            SourceAction::OpenLanes { count, exposed } => self.dial_lanes(count, exposed),
             SourceAction::StartTracking => self.start_tracking(),
             SourceAction::SendRound { round, hold } => {
                 let planner = hold.map_or_else(|| Planner::new(round), |hold| Planner::patient(round, hold));
@@ -518,6 +529,15 @@ impl<'a> Driver<'a> {
                 }
             }
         }
+        self.let_go();
+    }
+
+    /// Ends lanes and threads, whatever they are at.
+    fn let_go(&mut self) {
+        self.pacer.close();
+        self.over.store(true, Ordering::Relaxed);
+        self.orders.clear();
+        self.messages = None;
         for closer in &self.closers {
             closer.close();
         }

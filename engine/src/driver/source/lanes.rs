@@ -64,12 +64,13 @@ impl Driver<'_> {
         self.tell(spawned.map_or_else(SourceInput::Failed, |()| SourceInput::Dialled { peer }));
     }
 
-    pub(super) fn dial_lanes(&mut self, count: u16) {
+    pub(super) fn dial_lanes(&mut self, count: u16, exposed: bool) {
         let (dialer, events, session) = (Arc::clone(&self.dialer), self.events.0.clone(), self.unsettled.session);
         let (memory, chooser) = (Arc::clone(&self.memory), Arc::clone(&self.pipeline.chooser));
         let work = move || {
-            let lanes = attach(&*dialer, memory, &chooser)
-                .and_then(|()| (0..count).map(|index| dial_data_lane(&*dialer, index, session)).collect());
+            let attached = if exposed && count > 0 { attach(&*dialer, memory, &chooser) } else { Ok(()) };
+            let lanes =
+                attached.and_then(|()| (0..count).map(|index| dial_data_lane(&*dialer, index, session)).collect());
             let _ = events.send(SourceEvent::LanesDialled(lanes));
         };
         if let Err(error) = self.lent.spawn(ThreadRole::Control, work) {

@@ -42,7 +42,10 @@ pub enum DestinationInput {
     /// No lane can come in any more.
     DoorBroken(Error),
     /// The VMM has made room.
-    RoomMade,
+    RoomMade {
+        /// The source may write into it.
+        exposed: bool,
+    },
     /// The VMM refuses the guest.
     RoomRefused(String),
     /// All lanes have ended a round and all its pages were placed.

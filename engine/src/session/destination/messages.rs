@@ -112,11 +112,11 @@ impl DestinationSession {
 
     pub(super) fn on_done(&mut self, now: Duration, input: DestinationInput) {
         match (self.phase, input) {
-            (Phase::MakingRoom, DestinationInput::RoomMade) => {
+            (Phase::MakingRoom, DestinationInput::RoomMade { exposed }) => {
                 self.heard(now);
                 self.phase = Phase::Receiving;
                 self.expect_lanes(now);
-                self.act(DestinationAction::Send(Message::Accept));
+                self.act(DestinationAction::Send(Message::Accept { exposed }));
                 let (peer, pages_total) = (self.peer.clone(), self.report.pages_total);
                 self.act(DestinationAction::Notify(Event::Accepted { peer, pages_total }));
             }

@@ -110,7 +110,12 @@ pub enum SourceAction {
     /// Send a message on the control lane. A failure comes as `ControlSendFailed`.
     Send(Message),
     /// Open data lanes; answer `LanesOpen` or `LinkLost`.
-    OpenLanes(u16),
+    OpenLanes {
+        /// So many.
+        count: u16,
+        /// The destination lets pages be written straight into its memory.
+        exposed: bool,
+    },
     /// Start tracking and mark populated pages dirty; answer `Tracking` or `Failed`.
     StartTracking,
     /// Plan and send all dirty pages; answer `RoundQueued`, and `RoundFlushed` later.

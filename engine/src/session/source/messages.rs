@@ -25,8 +25,8 @@ impl SourceSession {
                 let error = self.refused(refusal);
                 self.fail(now, error);
             }
-            (State::AwaitAccept, Message::Accept) => {
-                self.act(SourceAction::OpenLanes(self.setup.config.lanes));
+            (State::AwaitAccept, Message::Accept { exposed }) => {
+                self.act(SourceAction::OpenLanes { count: self.setup.config.lanes, exposed });
                 self.state = State::OpeningLanes;
             }
             (_, Message::RoundAck { round }) if round <= self.round.number && self.guest_was_offered() => {
