@@ -65,10 +65,18 @@ enum Command {
     Link(Box<commands::LinkOptions>),
     /// The same migration over every transport, in turn
     Transports(commands::TransportsOptions),
+    /// A matrix of guests, links and engines, with a report: what 100 Mbit/s and 1 Gbit/s do to a migration
+    Harness(Box<commands::HarnessOptions>),
     /// Draws a study again: a page, a table, values for other programs
     Report(commands::ReportOptions),
     /// What changed between two measurements, and whether it is more than noise
     Compare(commands::CompareOptions),
+    /// One side of a plain copy; not for people
+    #[command(hide = true)]
+    Copy {
+        #[command(subcommand)]
+        side: network::CopySide,
+    },
     /// The other process of a measurement; not for people
     #[command(hide = true)]
     Peer,
@@ -129,6 +137,7 @@ fn main() -> ExitCode {
     let cli = Cli::parse();
     let result = match &cli.command {
         Command::Peer => return peer::serve(),
+        Command::Copy { side } => return done(side.run()),
         Command::Reference(options) => boxed(commands::reference(options)),
         Command::Throughput(options) => boxed(commands::throughput(options)),
         Command::Transports(options) => boxed(commands::transports(options)),
@@ -139,10 +148,15 @@ fn main() -> ExitCode {
         Command::Kernels(options) => boxed(commands::kernels(options)),
         Command::Downtime(options) => boxed(commands::downtime(options)),
         Command::Link(options) => boxed(commands::link(options)),
+        Command::Harness(options) => boxed(commands::harness(options, cli.record.as_deref())),
         Command::Report(options) => boxed(commands::report(options)),
         Command::Compare(options) => boxed(commands::compare(options)),
     };
-    match result.and_then(|found| publish(&cli, found.as_ref())) {
+    done(result.and_then(|found| publish(&cli, found.as_ref())))
+}
+
+fn done(result: Result<(), BenchError>) -> ExitCode {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(BenchError::Skipped(reason)) => {
             println!("skipped: {reason}");

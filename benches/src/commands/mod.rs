@@ -3,6 +3,7 @@
 mod compare;
 mod demo;
 mod downtime;
+mod harness;
 mod harvest;
 mod holes;
 mod image;
@@ -17,6 +18,7 @@ mod zero;
 
 pub(crate) use compare::{CompareOptions, compare};
 pub(crate) use downtime::{DowntimeOptions, downtime};
+pub(crate) use harness::{HarnessOptions, harness};
 pub(crate) use harvest::{HarvestOptions, harvest};
 pub(crate) use holes::{HolesOptions, holes};
 pub(crate) use image::{ImageOptions, image};

@@ -24,9 +24,9 @@ fn make(folder: &Path) -> io::Result<()> {
     let ca = params.self_signed(&key).map_err(io::Error::other)?;
     let issuer = Issuer::new(params, key);
     for side in [Side::Source, Side::Destination] {
-        let address = side.address().to_string();
+        let address = side.address();
         let key = KeyPair::generate().map_err(io::Error::other)?;
-        let params = CertificateParams::new(vec![address.clone()]).map_err(io::Error::other)?;
+        let params = CertificateParams::new(vec![address.clone(), "127.0.0.1".to_owned()]).map_err(io::Error::other)?;
         let certificate = params.signed_by(&key, &issuer).map_err(io::Error::other)?;
         let own = folder.join(address);
         fs::create_dir_all(&own)?;

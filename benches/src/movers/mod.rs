@@ -1,21 +1,25 @@
 //! What moves a guest from one host to the other: `migrate`, and QEMU in several settings.
 
 mod certificates;
+mod console;
 mod ours;
 mod qemu;
 mod qmp;
+mod setting;
 mod subject;
 
 use std::time::Duration;
 
 pub(crate) use ours::{Ours, Setting, migrate_program};
-pub(crate) use qemu::{QEMU_PREFIX, Qemu, QemuSetting};
+pub(crate) use qemu::Qemu;
+pub(crate) use setting::{QEMU_PREFIX, QemuSetting};
 pub(crate) use subject::{Memory, Subject};
 
 use crate::BenchError;
 use crate::network::Network;
 use crate::process::Usage;
 use crate::scratch::Scratch;
+use crate::study::{self, Proof, Remaining, Stage, Stalls};
 
 /// Where and how long a mover may work.
 #[derive(Clone, Copy, Debug)]
@@ -29,12 +33,16 @@ pub(crate) struct Task<'a> {
 }
 
 /// What one migration took.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub(crate) struct Moved {
     /// From the order to migrate until the mover says that it is done.
     pub(crate) seconds: f64,
     /// The guest's standstill as the mover itself tells it.
     pub(crate) downtime_ms: Option<f64>,
+    /// The same as the guest tells it, and how long it stood still before and after.
+    pub(crate) stalls: Stalls,
+    /// What was still to be sent, over time.
+    pub(crate) remaining: Vec<Remaining>,
     /// Bytes that left the source's interface.
     pub(crate) wire_bytes: u64,
     pub(crate) source: Usage,
@@ -42,6 +50,10 @@ pub(crate) struct Moved {
     pub(crate) rounds: u64,
     /// The strongest throttle of the guest.
     pub(crate) throttle_percent: f64,
+    /// What shows that the guest arrived as it was.
+    pub(crate) verified: Vec<Proof>,
+    /// Where its bytes went, if the engine says so.
+    pub(crate) stages: Vec<Stage>,
     /// Whether it came to an end in time.
     pub(crate) converged: bool,
 }
@@ -50,6 +62,19 @@ pub(crate) struct Moved {
 pub(crate) trait Mover: std::fmt::Debug {
     /// Unique among the movers of a run.
     fn name(&self) -> &str;
+
+    /// Whether it is this project's.
+    fn is_ours(&self) -> bool {
+        false
+    }
+
+    /// Whether everything it sends goes over TCP.
+    fn is_over_tcp(&self) -> bool {
+        true
+    }
+
+    /// What a record says of it.
+    fn facts(&self) -> study::Mover;
 
     /// What it needs for these guests and this machine does not have.
     fn missing(&self, subjects: &[Subject]) -> Vec<String>;

@@ -1,7 +1,9 @@
 //! `migrate send` on one host, `migrate receive` on the other.
 
 use std::ffi::OsString;
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::process::Command;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -11,17 +13,22 @@ use super::certificates;
 use super::{Moved, Mover, Subject, Task};
 use crate::network::Side;
 use crate::process::{Program, Usage};
+use crate::study::{self, Proof, Remaining, Stage, Stalls};
 use crate::{BenchError, guest};
 
-const PORT: u16 = 7000;
-
 const PLAIN: &str = "tcp://";
+const QUIC: &str = "quic://";
 
 /// Filling memory, listening, ending: each is a matter of seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Names of threads that are the guest's virtual CPUs.
 const VCPUS: &str = "vcpu-";
+
+const PAGE: u64 = 4096;
+
+/// Stages of the encoder, in the order in which a page meets them.
+const STAGES: [&str; 6] = ["zero", "unchanged", "pattern", "delta", "duplicate", "packing"];
 
 /// Settings to compare: a name, and what they add to `migrate send` and `migrate receive`. Plain TCP carries it, unless they begin
 /// with `tls://` or `quic://`.
@@ -71,8 +78,8 @@ impl Ours {
         Self { program, setting }
     }
 
-    fn address(&self) -> String {
-        format!("{}{}:{PORT}", self.setting.scheme, Side::Destination.address())
+    fn address(&self, address: SocketAddr) -> String {
+        format!("{}{address}", self.setting.scheme)
     }
 
     fn security(&self, task: Task<'_>, side: Side) -> Result<Vec<OsString>, BenchError> {
@@ -85,7 +92,7 @@ impl Ours {
     fn sender(&self, task: Task<'_>) -> Result<Program, BenchError> {
         let mut send = task.network.command(Side::Source, &self.program);
         send.args(["send", "--json", "--on-signal", "--linger", "0s"]);
-        send.args(["--to", &self.address()]).args(self.security(task, Side::Source)?);
+        send.args(["--to", &self.address(task.network.route())]).args(self.security(task, Side::Source)?);
         send.args(task.subject.arguments()).args(&self.setting.send);
         let mut sender = Program::start("migrate send", send)?;
         sender.wait_for_line(PATIENCE, |line| line.contains("kill -USR1"))?;
@@ -94,8 +101,10 @@ impl Ours {
 
     fn receiver(&self, task: Task<'_>) -> Result<Program, BenchError> {
         let mut receive = task.network.command(Side::Destination, &self.program);
-        receive.args(["receive", "--json", "--linger", "0s"]);
-        receive.args(["--listen", &self.address()]).args(self.security(task, Side::Destination)?);
+        receive.args(["receive", "--json", "--linger", "1s"]);
+        receive
+            .args(["--listen", &self.address(task.network.destination())])
+            .args(self.security(task, Side::Destination)?);
         receive.args(&self.setting.receive);
         let mut receiver = Program::start("migrate receive", receive)?;
         receiver.wait_for_line(PATIENCE, |line| event(line).is_some_and(|event| event["event"] == "listening"))?;
@@ -106,6 +115,28 @@ impl Ours {
 impl Mover for Ours {
     fn name(&self) -> &str {
         &self.setting.name
+    }
+
+    fn is_ours(&self) -> bool {
+        true
+    }
+
+    fn is_over_tcp(&self) -> bool {
+        self.setting.scheme != QUIC
+    }
+
+    fn facts(&self) -> study::Mover {
+        let mut command = Command::new(&self.program);
+        command.arg("--version");
+        let version = Program::start("migrate", command).and_then(|program| program.output(PATIENCE));
+        let Setting { name, scheme, send, receive } = &self.setting;
+        let words = [scheme.trim_end_matches("://")].into_iter().chain(send.iter().chain(receive).map(String::as_str));
+        study::Mover {
+            name: name.clone(),
+            engine: study::Engine::Pageferry,
+            version: version.map_or_else(|_| "not known".to_owned(), |text| text.trim().to_owned()),
+            settings: words.collect::<Vec<_>>().join(" "),
+        }
     }
 
     fn missing(&self, _subjects: &[Subject]) -> Vec<String> {
@@ -119,35 +150,78 @@ impl Mover for Ours {
         let mut sender = self.sender(task)?;
         drop(warmth);
         let mut receiver = self.receiver(task)?;
-        let sent_before = task.network.sent_bytes(Side::Source)?;
+        let sent_before = task.network.sent_bytes()?;
         sender.signal(libc::SIGUSR1)?;
-        let report = watch(&mut sender, task.limit)?;
-        let wire_bytes = task.network.sent_bytes(Side::Source)? - sent_before;
+        let mut remaining = vec![Remaining { seconds: 0.0, bytes: task.subject.bytes, round: 0 }];
+        let report = watch(&mut sender, task.limit, &mut remaining)?;
+        let wire_bytes = task.network.sent_bytes()? - sent_before;
         let converged = converged(&report)?;
         let arrived = if converged { receive_report(&mut receiver)? } else { Value::Null };
         Ok(Moved {
             seconds: number(&report, "/total_ms")? / 1e3,
             downtime_ms: number(&report, "/downtime_ms").ok(),
+            stalls: stalls(&report, &arrived),
+            remaining,
             wire_bytes,
             source: usage(&report, "source"),
             destination: if converged { usage(&arrived, "destination") } else { receiver.usage(VCPUS) },
             rounds: report["rounds"].as_array().map_or(0, |rounds| rounds.len() as u64),
             throttle_percent: number(&report, "/throttle_peak_percent")?,
+            verified: proofs(&report, &arrived),
+            stages: stages(&report["stages"]),
             converged,
         })
     }
 }
 
-/// Waits for the source's report; when time is up, has it cancel.
-fn watch(sender: &mut Program, limit: Duration) -> Result<Value, BenchError> {
+/// Waits for the source's report, and notes what is still to be sent meanwhile; when time is up, has it cancel.
+fn watch(sender: &mut Program, limit: Duration, remaining: &mut Vec<Remaining>) -> Result<Value, BenchError> {
     let deadline = Instant::now() + limit;
     while let Some(line) = sender.line(deadline.saturating_duration_since(Instant::now()))? {
-        if let Some(report) = event(&line).filter(is_report) {
-            return Ok(report);
+        let Some(event) = event(&line) else { continue };
+        if is_report(&event) {
+            return Ok(event);
         }
+        remaining.extend(still_to_send(&event));
     }
     sender.signal(libc::SIGINT)?;
     report_of(sender)
+}
+
+/// What a progress line says of it.
+fn still_to_send(event: &Value) -> Option<Remaining> {
+    let progress = Some(event).filter(|event| event["event"] == "progress")?;
+    Some(Remaining {
+        seconds: progress["elapsed_ms"].as_f64()? / 1e3,
+        bytes: progress["remaining_pages"].as_u64()? * PAGE,
+        round: progress["round"].as_u64()?,
+    })
+}
+
+fn stalls(source: &Value, destination: &Value) -> Stalls {
+    Stalls {
+        before_ms: source["guest_stalls_ms"]["before"].as_f64(),
+        during_ms: destination["guest_stalls_ms"]["during"].as_f64(),
+        after_ms: destination["guest_stalls_ms"]["after"].as_f64(),
+    }
+}
+
+fn proofs(source: &Value, destination: &Value) -> Vec<Proof> {
+    let alive = destination["guest_heartbeats_after"].as_u64().is_some_and(|beats| beats > 0);
+    let all = [
+        (source["digest_match"] == true, Proof::Digest),
+        (alive, Proof::Alive),
+        (destination["guest_self_check"] == "ok", Proof::GuestCheck),
+    ];
+    all.into_iter().filter_map(|(holds, proof)| holds.then_some(proof)).collect()
+}
+
+/// What each stage kept off the wire, and what was sent: they add up to all that was looked at.
+fn stages(found: &Value) -> Vec<Stage> {
+    let saved = |name: &str| Some(Stage { name: name.to_owned(), bytes: found[name]["saved_bytes"].as_u64()? });
+    let mut all: Vec<Stage> = STAGES.iter().filter_map(|name| saved(name)).collect();
+    all.extend(found["packed_bytes"].as_u64().map(|bytes| Stage { name: "sent".to_owned(), bytes }));
+    all
 }
 
 fn report_of(program: &mut Program) -> Result<Value, BenchError> {

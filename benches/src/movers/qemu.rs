@@ -1,27 +1,25 @@
 //! QEMU to QEMU, told what to do over QMP.
 //!
-//! Memory that nobody writes is that of a machine which never starts. A running guest is the same program that `migrate` boots;
-//! it finds no port to rest on in QEMU's machine, so it looks at the clock all the time. Its virtual CPU therefore runs at a
-//! lower priority than the migration, and its CPU time is not counted.
+//! Memory that nobody writes is that of a machine which never starts. A running guest is the same program that `migrate` boots,
+//! and is asked the same questions; it finds no port to rest on in QEMU's machine, so it looks at the clock all the time.
+//! Its virtual CPU therefore runs at a lower priority than the migration, and its CPU time is not counted.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
-use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
+use super::console::{Console, hidden};
 use super::qmp::Qmp;
+use super::setting::QemuSetting;
 use super::{Memory, Moved, Mover, Subject, Task};
 use crate::network::Side;
 use crate::process::{Program, Usage};
+use crate::study::{self, Proof, Remaining, Stalls};
 use crate::{BenchError, guest, host, sys};
 
 const PROGRAM: &str = "qemu-system-x86_64";
-const PORT: u16 = 7000;
-
-/// What the names of all its settings start with.
-pub(crate) const QEMU_PREFIX: &str = "qemu-";
 
 /// Booting, filling memory, ending: each is a matter of seconds.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -32,71 +30,16 @@ const VCPUS: &str = "CPU ";
 /// What their niceness is: a tenth of the CPU time of others that want it.
 const VCPU_NICENESS: i32 = 10;
 
-/// No limit: bytes per second.
-const MOST_BANDWIDTH: u64 = 1 << 40;
+/// Between two looks at how much is left.
+const LOOK: Duration = Duration::from_millis(250);
 
-/// Milliseconds; the default of both programs.
-const DOWNTIME_LIMIT: u64 = 300;
+/// A guest that has arrived runs so long before it is asked for its stalls there.
+const AFTERWARDS: Duration = Duration::from_secs(1);
 
-/// How QEMU sends pages.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Pages {
-    Plain,
-    Xbzrle,
-    Multifd { channels: u8, zstd: Option<u8> },
-}
-
-/// A setting, as `plain`, `xbzrle`, `multifd-4`, `multifd-2-zstd`.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub(crate) struct QemuSetting {
-    pages: Pages,
-    name: String,
-}
-
-impl FromStr for QemuSetting {
-    type Err = String;
-
-    fn from_str(text: &str) -> Result<Self, String> {
-        let mut words = text.split('-');
-        let pages = match (words.next(), words.next(), words.next(), words.next()) {
-            (Some("plain"), None, ..) => Some(Pages::Plain),
-            (Some("xbzrle"), None, ..) => Some(Pages::Xbzrle),
-            (Some("multifd"), Some(channels), codec, None) => multifd(channels, codec),
-            _ => None,
-        };
-        let pages = pages
-            .ok_or_else(|| format!("{text:?} is none of plain, xbzrle, multifd-CHANNELS, multifd-CHANNELS-zstd"))?;
-        Ok(Self { pages, name: format!("{QEMU_PREFIX}{text}") })
-    }
-}
-
-fn multifd(channels: &str, codec: Option<&str>) -> Option<Pages> {
-    let channels = channels.parse().ok().filter(|channels| *channels > 0)?;
-    match codec {
-        None => Some(Pages::Multifd { channels, zstd: None }),
-        Some("zstd") => Some(Pages::Multifd { channels, zstd: Some(1) }),
-        Some(_) => None,
-    }
-}
-
-impl QemuSetting {
-    fn capabilities(&self) -> Value {
-        let on = |name: &str, state: bool| json!({"capability": name, "state": state});
-        let multifd = matches!(self.pages, Pages::Multifd { .. });
-        json!([on("events", true), on("xbzrle", self.pages == Pages::Xbzrle), on("multifd", multifd)])
-    }
-
-    fn parameters(&self) -> Value {
-        let mut parameters = json!({"max-bandwidth": MOST_BANDWIDTH, "downtime-limit": DOWNTIME_LIMIT});
-        if let Pages::Multifd { channels, zstd } = self.pages {
-            parameters["multifd-channels"] = channels.into();
-            parameters["multifd-compression"] = if zstd.is_some() { "zstd" } else { "none" }.into();
-            if let Some(level) = zstd {
-                parameters["multifd-zstd-level"] = level.into();
-            }
-        }
-        parameters
-    }
+/// What the guest is told beyond what `migrate` tells it: firmware was there before it, and the processor that QEMU shows
+/// does not tell its clock's frequency.
+fn circumstances() -> String {
+    format!("used-ram tsc_khz={}", sys::tsc_khz())
 }
 
 /// QEMU with a setting.
@@ -111,7 +54,8 @@ pub(crate) struct Qemu {
 struct Machine {
     program: Program,
     qmp: Qmp,
-    serial: PathBuf,
+    /// Of a running guest.
+    console: Option<Console>,
     start: Usage,
 }
 
@@ -122,11 +66,14 @@ impl Qemu {
 
     fn start(&self, task: Task<'_>, side: Side) -> Result<Machine, BenchError> {
         let name = if side == Side::Source { "source" } else { "destination" };
-        let (socket, serial) = (task.scratch.fresh(name), task.scratch.fresh(&format!("{name}.serial")));
+        let socket = task.scratch.fresh(name);
+        let running = task.subject.memory.is_running();
+        let serial = || Console::listen(task.scratch.fresh(&format!("{name}.serial")));
+        let console = if running { Some(serial()?) } else { None };
         let mut command = task.network.command(side, Path::new(PROGRAM));
         command.args(["-name", "guest,debug-threads=on", "-nodefaults", "-display", "none"]);
         command.args(["-qmp", &format!("unix:{},server=on,wait=off", socket.display())]);
-        command.args(self.machine(task, side, &serial)?);
+        command.args(self.machine(task, side, console.as_ref())?);
         if side == Side::Destination {
             command.args(["-incoming", "defer"]);
         }
@@ -134,18 +81,19 @@ impl Qemu {
         let mut qmp = Qmp::connect(&socket, || program.check())?;
         qmp.command("migrate-set-capabilities", &json!({"capabilities": self.setting.capabilities()}))?;
         qmp.command("migrate-set-parameters", &self.setting.parameters())?;
-        Ok(Machine { program, qmp, serial, start: Usage::default() })
+        Ok(Machine { program, qmp, console, start: Usage::default() })
     }
 
-    fn machine(&self, task: Task<'_>, side: Side, serial: &Path) -> Result<Vec<String>, BenchError> {
+    fn machine(&self, task: Task<'_>, side: Side, console: Option<&Console>) -> Result<Vec<String>, BenchError> {
         let bytes = task.subject.bytes;
         let size = format!("{}K", bytes >> 10);
         let mut words: Vec<String> = vec!["-m".into(), size.clone()];
-        if task.subject.memory.is_running() {
+        if let Some(console) = console {
             let (program, line) = self.guest_program(task)?;
             words.extend(["-machine", "pc,accel=kvm", "-cpu", "qemu64", "-smp", "1", "-append"].map(str::to_owned));
             words.extend([line, "-kernel".into(), program.display().to_string()]);
-            words.extend(["-serial".into(), format!("file:{}", serial.display())]);
+            words.extend(["-chardev".into(), format!("socket,id=line,path={}", console.path().display())]);
+            words.extend(["-serial", "chardev:line"].map(str::to_owned));
             return Ok(words);
         }
         let ram = match side {
@@ -177,8 +125,8 @@ impl Qemu {
     fn guest_program(&self, task: Task<'_>) -> Result<(PathBuf, String), BenchError> {
         let path = task.scratch.file("guest.elf");
         let line = self.export("program", &path, task.subject)?;
-        // What comes last counts; the processor that QEMU shows does not tell its clock frequency.
-        Ok((path, format!("{} tsc_khz={}", line.trim(), sys::tsc_khz())))
+        // What comes last counts.
+        Ok((path, format!("{} {}", line.trim(), circumstances())))
     }
 
     fn export(&self, what: &str, path: &Path, subject: &Subject) -> Result<String, BenchError> {
@@ -199,7 +147,20 @@ fn pad(from: &Path, to: &Path, bytes: u64) -> Result<(), BenchError> {
 
 impl Mover for Qemu {
     fn name(&self) -> &str {
-        &self.setting.name
+        self.setting.name()
+    }
+
+    fn facts(&self) -> study::Mover {
+        let mut command = Command::new(PROGRAM);
+        command.arg("--version");
+        let version = Program::start("qemu", command).and_then(|program| program.output(PATIENCE));
+        let first = version.ok().and_then(|text| text.lines().next().map(str::to_owned));
+        study::Mover {
+            name: self.name().to_owned(),
+            engine: study::Engine::Qemu,
+            version: first.unwrap_or_else(|| "not known".to_owned()),
+            settings: self.setting.words(),
+        }
     }
 
     fn missing(&self, subjects: &[Subject]) -> Vec<String> {
@@ -216,64 +177,88 @@ impl Mover for Qemu {
     fn run(&self, task: Task<'_>) -> Result<Moved, BenchError> {
         let warmth = guest::prefaulted(task.subject.bytes)?;
         let mut source = self.start(task, Side::Source)?;
-        source.wait_ready(task.subject)?;
+        let mut stalls = Stalls::default();
+        if let Some(console) = &source.console {
+            console.wait_ready(PATIENCE)?;
+            stalls.before_ms = Some(ms(console.longest_stall(PATIENCE)?));
+        }
         drop(warmth);
         let mut destination = self.start(task, Side::Destination)?;
-        let uri = json!({"uri": format!("tcp:{}:{PORT}", Side::Destination.address())});
-        destination.qmp.command("migrate-incoming", &uri)?;
+        let uri = |address| json!({"uri": format!("tcp:{address}")});
+        destination.qmp.command("migrate-incoming", &uri(task.network.destination()))?;
         for machine in [&mut source, &mut destination] {
             machine.stand_back()?;
         }
-        let sent_before = task.network.sent_bytes(Side::Source)?;
-        let started = Instant::now();
-        source.qmp.command("migrate", &uri)?;
-        let (ended, converged) = source.watch(started, task.limit)?;
-        if converged {
-            // Only then has everything left the source: its last megabytes still wait in its socket.
-            destination.wait_arrived(task.subject)?;
+        if let Some(console) = &source.console {
+            console.forget_stalls(PATIENCE)?;
         }
-        let wire_bytes = task.network.sent_bytes(Side::Source)? - sent_before;
+        let sent_before = task.network.sent_bytes()?;
+        let started = Instant::now();
+        source.qmp.command("migrate", &uri(task.network.route()))?;
+        let watched = source.watch(started, task.limit, self.setting.switches_to_postcopy())?;
+        if watched.converged {
+            // Only then has everything left the source: its last megabytes still wait in its socket.
+            destination.wait_arrived()?;
+        }
+        let wire_bytes = task.network.sent_bytes()? - sent_before;
+        let costs = (source.usage(), destination.usage());
         let report = source.qmp.command("query-migrate", &Value::Null)?;
+        let mut verified = Vec::new();
+        if let (true, Some(console)) = (watched.converged, &destination.console) {
+            stalls.during_ms = Some(ms(stall_of_migration(&source, console)?));
+            console.forget_stalls(PATIENCE)?;
+            std::thread::sleep(AFTERWARDS);
+            stalls.after_ms = Some(ms(console.longest_stall(PATIENCE)?));
+            console.check(PATIENCE)?;
+            verified.extend([Proof::Alive, Proof::GuestCheck]);
+        }
         Ok(Moved {
-            seconds: (ended - started).as_secs_f64(),
-            downtime_ms: report["downtime"].as_f64().filter(|_| converged),
+            seconds: (watched.ended - started).as_secs_f64(),
+            downtime_ms: report["downtime"].as_f64().filter(|_| watched.converged),
+            stalls,
+            remaining: watched.remaining,
             wire_bytes,
-            source: source.usage(),
-            destination: destination.usage(),
+            source: costs.0,
+            destination: costs.1,
             rounds: report["ram"]["dirty-sync-count"].as_u64().unwrap_or(0),
-            throttle_percent: report["cpu-throttle-percentage"].as_f64().unwrap_or(0.0),
-            converged,
+            throttle_percent: watched.throttle_percent,
+            verified,
+            stages: Vec::new(),
+            converged: watched.converged,
         })
     }
 }
 
-impl Machine {
-    /// Waits until a running guest has filled its memory.
-    fn wait_ready(&mut self, subject: &Subject) -> Result<(), BenchError> {
-        if subject.memory.is_running() { self.wait_for_line("ready ") } else { Ok(()) }
-    }
+/// The longest that the guest stood still since the migration began: by its own clock, or while that was stopped.
+fn stall_of_migration(source: &Machine, destination: &Console) -> Result<Duration, BenchError> {
+    let by_guest = destination.longest_stall(PATIENCE)?;
+    let after = destination.first_beat(PATIENCE)?;
+    let before = source.console.as_ref().and_then(Console::last_beat);
+    Ok(by_guest.max(before.map_or(Duration::ZERO, |before| hidden(before, after, sys::tsc_khz()))))
+}
 
+fn ms(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
+/// How a migration went, seen from the source.
+struct Watched {
+    ended: Instant,
+    converged: bool,
+    remaining: Vec<Remaining>,
+    throttle_percent: f64,
+}
+
+impl Machine {
     /// Waits until the destination has everything, and a running guest shows that it lives.
-    fn wait_arrived(&mut self, subject: &Subject) -> Result<(), BenchError> {
+    fn wait_arrived(&mut self) -> Result<(), BenchError> {
         match self.qmp.migration_state(&["completed", "failed"], PATIENCE)? {
             Some((_, state)) if state == "completed" => {}
             other => return Err(BenchError::Wrong(format!("QEMU's destination ended with {other:?}"))),
         }
-        if subject.memory.is_running() { self.wait_for_line("hb ") } else { Ok(()) }
-    }
-
-    fn wait_for_line(&mut self, start: &str) -> Result<(), BenchError> {
-        let deadline = Instant::now() + PATIENCE;
-        loop {
-            crate::interrupt::check()?;
-            let printed = std::fs::read_to_string(&self.serial).unwrap_or_default();
-            if printed.lines().any(|line| line.starts_with(start)) {
-                return Ok(());
-            }
-            if printed.contains("panic ") || Instant::now() > deadline {
-                return Err(BenchError::Tool(format!("the guest under QEMU does not say {start:?}: {printed}")));
-            }
-            std::thread::sleep(Duration::from_millis(20));
+        match &self.console {
+            Some(console) => console.first_beat(PATIENCE).map(drop),
+            None => Ok(()),
         }
     }
 
@@ -292,41 +277,51 @@ impl Machine {
         Usage { cpu_seconds: now.cpu_seconds - self.start.cpu_seconds, ..now }
     }
 
-    /// Waits until the migration has ended, or cancels it at the limit; when, and whether it was completed.
-    fn watch(&mut self, started: Instant, limit: Duration) -> Result<(Instant, bool), BenchError> {
-        let ends = ["completed", "failed", "cancelled"];
-        let mut end = self.qmp.migration_state(&ends, limit.saturating_sub(started.elapsed()))?;
-        if end.is_none() {
-            self.qmp.command("migrate_cancel", &Value::Null)?;
-            end = self.qmp.migration_state(&ends, PATIENCE)?;
-        }
+    /// Waits until the migration has ended, or cancels it at the limit.
+    fn watch(&mut self, started: Instant, limit: Duration, postcopy: bool) -> Result<Watched, BenchError> {
+        let (mut remaining, mut throttle_percent): (Vec<Remaining>, f64) = (Vec::new(), 0.0);
+        let mut switched = !postcopy;
+        let end = loop {
+            let left = limit.saturating_sub(started.elapsed());
+            if let Some(end) = self.qmp.migration_state(&ENDS, left.min(LOOK))? {
+                break end;
+            }
+            if left.is_zero() {
+                break self.cancel()?;
+            }
+            let report = self.qmp.command("query-migrate", &Value::Null)?;
+            let (ram, throttle) = (&report["ram"], report["cpu-throttle-percentage"].as_f64());
+            throttle_percent = throttle_percent.max(throttle.unwrap_or(0.0));
+            if let (Some(bytes), Some(pass)) = (ram["remaining"].as_u64(), ram["dirty-sync-count"].as_u64()) {
+                let round = pass.saturating_sub(1);
+                remaining.push(Remaining { seconds: started.elapsed().as_secs_f64(), bytes, round });
+                if round > 0 && !switched {
+                    self.qmp.command("migrate-start-postcopy", &Value::Null)?;
+                    switched = true;
+                }
+            }
+        };
         match end {
-            Some((at, state)) if state == "completed" => Ok((at, true)),
-            Some((at, state)) if state == "cancelled" => Ok((at, false)),
+            (ended, state) if state == "completed" => {
+                Ok(Watched { ended, converged: true, remaining, throttle_percent })
+            }
+            (ended, state) if state == "cancelled" => {
+                Ok(Watched { ended, converged: false, remaining, throttle_percent })
+            }
             other => {
                 let report = self.qmp.command("query-migrate", &Value::Null)?;
                 Err(BenchError::Wrong(format!("QEMU's migration ended with {other:?}: {report}")))
             }
         }
     }
-}
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn settings_have_names_that_qemu_is_told_about() {
-        let setting: QemuSetting = "multifd-2-zstd".parse().unwrap();
-        assert_eq!(setting.name, "qemu-multifd-2-zstd");
-        let parameters = setting.parameters();
-        assert_eq!((&parameters["multifd-channels"], &parameters["multifd-compression"]), (&json!(2), &json!("zstd")));
-        assert_eq!(parameters["multifd-zstd-level"], 1);
-        let plain: QemuSetting = "plain".parse().unwrap();
-        assert!(plain.parameters().get("multifd-channels").is_none());
-        assert!(plain.capabilities().as_array().unwrap().contains(&json!({"capability": "multifd", "state": false})));
-        for text in ["", "multifd", "multifd-0", "multifd-2-lz4", "multifd-2-zstd-9", "plain-2"] {
-            assert!(text.parse::<QemuSetting>().is_err(), "{text}");
-        }
+    /// Gives up; one in post-copy can only go on.
+    fn cancel(&mut self) -> Result<(Instant, String), BenchError> {
+        self.qmp.command("migrate_cancel", &Value::Null)?;
+        let end = self.qmp.migration_state(&ENDS, PATIENCE)?;
+        end.ok_or_else(|| BenchError::Wrong("QEMU neither ends its migration nor gives it up".to_owned()))
     }
 }
+
+/// States in which a migration is over.
+const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];

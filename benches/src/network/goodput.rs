@@ -45,11 +45,11 @@ fn is_plausible(rate: Rate, bytes_per_second: f64) -> bool {
 
 fn measure_once(network: &Network, seconds: u32) -> Result<f64, BenchError> {
     let mut server = network.command(Side::Destination, Path::new("iperf3"));
-    server.args(["-s", "-1", "-B", Side::Destination.address(), "-p", PORT, "--forceflush"]);
+    server.args(["-s", "-1", "-B", &Side::Destination.address(), "-p", PORT, "--forceflush"]);
     let mut server = Program::start("iperf3", server)?;
     server.wait_for_line(PATIENCE, |line| line.contains("listening"))?;
     let mut client = network.command(Side::Source, Path::new("iperf3"));
-    client.args(["-c", Side::Destination.address(), "-p", PORT, "-J"]);
+    client.args(["-c", &Side::Destination.address(), "-p", PORT, "-J"]);
     client.args(["-t", &seconds.to_string(), "-O", &START.to_string()]);
     let client = Program::start("iperf3", client)?;
     let text = client.output(PATIENCE + Duration::from_secs(u64::from(seconds + START)))?;

@@ -21,6 +21,13 @@ pub(crate) enum Rate {
 }
 
 impl Rate {
+    pub(crate) fn bits_per_second(self) -> Option<u64> {
+        match self {
+            Self::Unshaped => None,
+            Self::BitsPerSecond(bits) => Some(bits),
+        }
+    }
+
     /// The arguments of `tc qdisc add`; nothing to add without a rate.
     pub(super) fn shaping(self) -> Option<Vec<String>> {
         let Self::BitsPerSecond(bits) = self else { return None };

@@ -142,6 +142,7 @@ fn empty(links: Vec<Link>, guests: Vec<Guest>) -> Study {
         guests,
         movers: Vec::new(),
         runs: Vec::new(),
+        copies: Vec::new(),
         remarks: Vec::new(),
         notes: vec!["no number of this was measured".to_owned()],
         interrupted: false,

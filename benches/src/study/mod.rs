@@ -27,6 +27,9 @@ pub(crate) struct Study {
     pub(crate) movers: Vec<Mover>,
     /// In the order in which they were made.
     pub(crate) runs: Vec<Run>,
+    /// Plain copies of as many bytes as an incompressible guest has.
+    #[serde(default)]
+    pub(crate) copies: Vec<PlainCopy>,
     /// Why ours is behind another in a cell, as a person who looked into it has written.
     #[serde(default)]
     pub(crate) remarks: Vec<Remark>,
@@ -139,6 +142,17 @@ pub(crate) struct Run {
     pub(crate) stages: Vec<Stage>,
 }
 
+/// A copy of memory over one TCP connection, with nothing but `write` and `read`: what no engine can beat if it cannot
+/// pack.
+#[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
+pub(crate) struct PlainCopy {
+    pub(crate) link: String,
+    pub(crate) guest: String,
+    /// From 1.
+    pub(crate) turn: u32,
+    pub(crate) seconds: f64,
+}
+
 /// How a migration ended.
 #[derive(Serialize, Deserialize, Clone, PartialEq, Debug)]
 #[serde(rename_all = "snake_case")]
@@ -152,6 +166,7 @@ pub(crate) enum End {
 
 /// The longest time between two beats of the guest's heart, by its own clock. Nothing for a guest that does not run.
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Debug, Default)]
+#[expect(clippy::struct_field_names, reason = "a number needs its unit")]
 pub(crate) struct Stalls {
     /// Before the migration: what this machine does to a guest anyway.
     pub(crate) before_ms: Option<f64>,

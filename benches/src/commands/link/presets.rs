@@ -138,12 +138,12 @@ impl Case<'_> {
 
     fn bytes(&self, ours: &str) -> Vec<Goal> {
         let key = self.key(ours);
-        if self.subject.memory == Memory::Random {
+        if self.subject.memory == Memory::RANDOM {
             let memory = Quantity::Known(self.subject.bytes as f64);
             return vec![Goal::at_most(format!("{key}: wire, of the memory"), Quantity::Wire(key), memory, 1.005)];
         }
         let bound = match &self.subject.memory {
-            Memory::Mix => 0.85,
+            memory if *memory == Memory::MIX => 0.85,
             Memory::Image(file) if is_duplicates(file) => 0.60,
             _ => return Vec::new(),
         };
@@ -168,7 +168,7 @@ impl Case<'_> {
 
     /// A link carries at least 0.93 of what a plain copy gets through it.
     fn transports(&self, ours: &str) -> Vec<Goal> {
-        if self.subject.memory != Memory::Random {
+        if self.subject.memory != Memory::RANDOM {
             return Vec::new();
         }
         let (key, copy) = (self.key(ours), Quantity::CopySeconds(self.rate.clone(), self.subject.bytes));
@@ -176,11 +176,11 @@ impl Case<'_> {
     }
 
     fn few_bytes(&self, ours: &str) -> Vec<Goal> {
-        if self.subject.memory != Memory::Few20 {
+        if self.subject.memory != Memory::FEW20 {
             return Vec::new();
         }
         let key = self.key(ours);
-        let idle = Quantity::Seconds(Key { guest: Memory::Idle.to_string(), ..key.clone() });
+        let idle = Quantity::Seconds(Key { guest: Memory::IDLE.to_string(), ..key.clone() });
         vec![
             Goal::at_most(format!("{key}: time, of the idle guest's"), Quantity::Seconds(key.clone()), idle, 1.15),
             Goal::at_most(format!("{key}: strongest throttle"), Quantity::Throttle(key), Quantity::Known(1.0), 0.0),
@@ -243,22 +243,22 @@ mod tests {
     fn each_question_asks_only_what_its_guest_can_answer() {
         let movers = ["qemu-plain", "qemu-multifd-2-zstd", "ours"];
         let image = || Memory::Image("/tmp/duplicates.img".into());
-        assert!(names(Preset::Bytes, Memory::Mix, &movers).contains("AtMost(0.85)"));
+        assert!(names(Preset::Bytes, Memory::MIX, &movers).contains("AtMost(0.85)"));
         assert!(names(Preset::Bytes, image(), &movers).contains("AtMost(0.6)"));
         assert_eq!(names(Preset::Bytes, Memory::Image("/tmp/plain.img".into()), &movers), "");
-        assert!(names(Preset::Bytes, Memory::Random, &movers).contains("Known(1073741824.0)"));
-        assert_eq!(names(Preset::Bytes, Memory::Mix, &["ours"]), "");
+        assert!(names(Preset::Bytes, Memory::RANDOM, &movers).contains("Known(1073741824.0)"));
+        assert_eq!(names(Preset::Bytes, Memory::MIX, &["ours"]), "");
         assert!(names(Preset::Gigabit, image(), &movers).contains("AtLeast(2.0)"));
-        assert!(!names(Preset::Gigabit, Memory::Mix, &movers).contains("AtLeast"));
-        assert_eq!(names(Preset::Fewbytes, Memory::Idle, &movers), "");
-        assert!(names(Preset::Fewbytes, Memory::Few20, &movers).contains("Throttle"));
-        assert!(names(Preset::Memory, Memory::Few20, &movers).contains("DestinationMemory"));
-        assert_eq!(names(Preset::Memory, Memory::Few20, &["auto"]), "");
+        assert!(!names(Preset::Gigabit, Memory::MIX, &movers).contains("AtLeast"));
+        assert_eq!(names(Preset::Fewbytes, Memory::IDLE, &movers), "");
+        assert!(names(Preset::Fewbytes, Memory::FEW20, &movers).contains("Throttle"));
+        assert!(names(Preset::Memory, Memory::FEW20, &movers).contains("DestinationMemory"));
+        assert_eq!(names(Preset::Memory, Memory::FEW20, &["auto"]), "");
     }
 
     #[test]
     fn the_adaptive_setting_is_held_against_the_fixed_ones_only() {
-        let found = names(Preset::Auto, Memory::Mix, &["qemu-plain", "auto", "off", "1"]);
+        let found = names(Preset::Auto, Memory::MIX, &["qemu-plain", "auto", "off", "1"]);
         let best = found.lines().next().unwrap();
         assert!(best.contains("LeastSeconds") && best.contains("AtMost(1.08)"), "{best}");
         assert_eq!(best.matches("\"auto\"").count(), 1, "{best}");

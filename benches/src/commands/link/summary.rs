@@ -202,6 +202,7 @@ fn add_series(outcome: &mut Outcome, key: &Key, moves: &[Moved]) {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
+    use crate::study::Stalls;
 
     pub(in super::super) fn key(guest: &str, mover: &str) -> Key {
         Key { rate: "1gbit".to_owned(), guest: guest.to_owned(), mover: mover.to_owned() }
@@ -211,7 +212,20 @@ pub(super) mod tests {
         let usage = Usage { cpu_seconds: seconds / 2.0, peak_rss_bytes: 3 << 20, beside_guest_bytes: Some(1 << 20) };
         let (source, destination) = (usage, usage);
         let downtime_ms = converged.then_some(5.0);
-        Moved { seconds, downtime_ms, wire_bytes, source, destination, rounds: 2, throttle_percent: 0.0, converged }
+        Moved {
+            seconds,
+            downtime_ms,
+            stalls: Stalls::default(),
+            remaining: Vec::new(),
+            wire_bytes,
+            source,
+            destination,
+            rounds: 2,
+            throttle_percent: 0.0,
+            verified: Vec::new(),
+            stages: Vec::new(),
+            converged,
+        }
     }
 
     fn runs() -> Runs {
