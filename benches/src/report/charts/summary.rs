@@ -39,7 +39,7 @@ pub(crate) fn summary(study: &Study) -> Element {
         .at("height", height)
         .push(Element::new("style").text(STYLE))
         .push(ground)
-        .push(label(16.0, 27.0, "start", "Time to move a virtual machine").class("head"))
+        .push(label(16.0, 27.0, "start", &title(&guests)).class("head"))
         .extend(key());
     let column = (WIDTH - LEFT - 16.0) / (links.len().max(1) * 2) as f64;
     for (index, link) in links.iter().enumerate() {
@@ -61,6 +61,12 @@ pub(crate) fn summary(study: &Study) -> Element {
         study.movers.iter().filter(|mover| mover.engine == Engine::Qemu).count()
     );
     drawn.push(label(16.0, height - 13.0, "start", &foot).class("soft"))
+}
+
+fn title(guests: &[&Guest]) -> String {
+    let same = guests.first().filter(|first| guests.iter().all(|guest| guest.bytes == first.bytes));
+    let size = same.map_or_else(String::new, |guest| format!(" of {}", words::bytes(guest.bytes as f64)));
+    format!("Time to move a virtual machine{size}")
 }
 
 fn first_of_ours(study: &Study) -> Vec<Duel<'_>> {
@@ -95,7 +101,7 @@ fn key() -> Vec<Element> {
 fn named(guest: &Guest, at: f64) -> Vec<Element> {
     let rate = words::bytes(guest.dirty_bytes_per_second as f64);
     let (what, besides) = match guest.writes {
-        Writes::Idle => (guest.name.clone(), format!("{}, no writes", words::bytes(guest.bytes as f64))),
+        Writes::Idle => (guest.name.clone(), "nothing is written".to_owned()),
         Writes::FewBytes => (format!("{rate}/s of pages"), "a few bytes of each".to_owned()),
         Writes::WholePages => (format!("{rate}/s of pages"), "written as a whole".to_owned()),
     };
