@@ -65,9 +65,14 @@ pub(crate) fn ratio(value: f64) -> String {
     if value.is_finite() { format!("{}×", digits(value)) } else { NOTHING.to_owned() }
 }
 
+/// Without zeros behind the point.
+pub(crate) fn trimmed(number: &str) -> &str {
+    if number.contains('.') { number.trim_end_matches('0').trim_end_matches('.') } else { number }
+}
+
 /// What a share is of all, such as `94 %`.
 pub(crate) fn percent(share: f64) -> String {
-    if share.is_finite() { format!("{} %", digits(share * 100.0)) } else { NOTHING.to_owned() }
+    if share.is_finite() { format!("{} %", trimmed(&digits(share * 100.0))) } else { NOTHING.to_owned() }
 }
 
 /// `1 GiB, idle`, `1 GiB, 60 MiB/s of whole-page writes over 256 MiB`.

@@ -178,9 +178,10 @@ impl<'a> Picture<'a> {
         let same = || self.lost.iter().filter(|(_, other)| other.guest.name == group.guest.name);
         let index = same().position(|(_, other)| other.mover.name == group.mover.name).unwrap_or(0) as f64;
         let middle = (same().count() as f64 - 1.0) / 2.0;
-        let at = self.x.at(group.guest.dirty_bytes_per_second as f64 / MIB) + (index - middle) * 11.0;
+        let last = self.frame.right - 6.0 - middle * 11.0;
+        let at = self.x.at(group.guest.dirty_bytes_per_second as f64 / MIB).min(last) + (index - middle) * 11.0;
         let words = format!("{}, {}: {}", group.mover.name, group.guest.name, group.time_in_words());
-        let mark = look.mark((at.min(self.frame.right - 5.0), self.frame.top + 9.0), false);
+        let mark = look.mark((at, self.frame.top + 9.0), false);
         look.group().push(hint(words)).push(mark)
     }
 
