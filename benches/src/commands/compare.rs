@@ -92,7 +92,7 @@ impl Comparison {
     fn changes(&self, f: &mut fmt::Formatter<'_>, difference: &Difference<'_>) -> fmt::Result {
         let [beyond, unknown, within] =
             [Noise::Beyond, Noise::Unknown, Noise::Within].map(|noise| difference.count(noise));
-        if beyond == 0 {
+        if beyond == 0 && within > 0 {
             writeln!(f, "\nno change beyond noise")?;
         }
         let heads = [
@@ -106,7 +106,15 @@ impl Comparison {
             }
             let shows = noise != Noise::Within || self.all;
             let more = if shows { "" } else { " (--all lists it)" };
-            writeln!(f, "\n{head}: {count}{more}")?;
+            let chance = match noise {
+                Noise::Beyond => format!(
+                    " of {}; if nothing had changed, chance alone would show {:.1}",
+                    beyond + within,
+                    difference.by_chance()
+                ),
+                _ => String::new(),
+            };
+            writeln!(f, "\n{head}: {count}{chance}{more}")?;
             if shows {
                 let changes: Vec<&Change<'_>> =
                     difference.changes.iter().filter(|change| change.noise == noise).collect();
@@ -159,7 +167,7 @@ impl Shown for Comparison {
             difference.endings.iter().map(|(name, a, b)| json!({"name": name, "a": ended(*a), "b": ended(*b)}));
         let found = json!({"a": self.names[0], "b": self.names[1], "facts": facts.collect::<Vec<_>>(),
             "endings": endings.collect::<Vec<_>>(), "changes": changes.collect::<Vec<_>>(), "only_in_a": difference.only_before,
-            "only_in_b": difference.only_after});
+            "only_in_b": difference.only_after, "beyond_noise_by_chance": difference.by_chance()});
         format!("{found:#}")
     }
 }

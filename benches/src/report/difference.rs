@@ -1,6 +1,6 @@
 //! What changed between two measurements, and whether it is more than noise.
 
-use super::group::{Sample, Standing};
+use super::group::{Sample, Standing, chance_apart};
 
 /// The values of one thing.
 #[derive(Clone, Debug)]
@@ -81,6 +81,12 @@ impl<'a> Difference<'a> {
             only_before: lacking(before, after),
             only_after: lacking(after, before),
         }
+    }
+
+    /// How many would be beyond noise by chance if nothing had changed at all.
+    pub(crate) fn by_chance(&self) -> f64 {
+        let known = self.changes.iter().filter(|change| change.noise != Noise::Unknown);
+        known.map(|change| chance_apart(change.before.len(), change.after.len())).sum()
     }
 
     pub(crate) fn count(&self, noise: Noise) -> usize {
@@ -198,6 +204,7 @@ mod tests {
         let one = measurement(&[("time", &[1.0, 1.1]), ("zero", &[0.0, 0.0])]);
         let difference = Difference::new(&one, &one);
         assert_eq!(difference.count(Noise::Within), 2);
+        assert!((difference.by_chance() - 2.0 / 3.0).abs() < 1e-9);
         assert!(difference.facts.is_empty() && difference.endings.is_empty() && difference.only_after.is_empty());
     }
 

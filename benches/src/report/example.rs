@@ -17,7 +17,9 @@ pub(crate) fn small(seconds: &[f64]) -> Study {
     let mut noise = Noise(7);
     for (turn, seconds) in (1..).zip(seconds) {
         let mut run = run(&study.links[0], &study.guests[0], &study.movers[0], turn, &mut noise);
+        let slower = seconds / run.seconds;
         run.seconds = *seconds;
+        run.remaining.iter_mut().for_each(|left| left.seconds *= slower);
         study.runs.push(run);
     }
     study

@@ -99,6 +99,13 @@ impl Sample {
     }
 }
 
+/// How likely the ranges of so many and so many runs of the same thing do not overlap, in either direction: all of one are
+/// below all of the other in 2 of as many orders as there are ways to choose which are whose.
+pub(crate) fn chance_apart(runs: usize, others: usize) -> f64 {
+    let ways = (1..=others.min(60)).fold(1.0, |ways, count| ways * (runs + count) as f64 / count as f64);
+    (2.0 / ways).min(1.0)
+}
+
 /// How the runs of a group ended.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
 pub(crate) struct Standing {
@@ -244,6 +251,13 @@ mod tests {
         study.runs[0].verified = vec![Proof::Alive];
         assert!(!is_verified(&study.runs[0]));
         assert_eq!(Standing::of(&study.runs).trouble().unwrap(), "not verified");
+    }
+
+    #[test]
+    fn few_runs_are_apart_by_chance() {
+        let near = |found: f64, expected: f64| (found - expected).abs() < 1e-9;
+        assert!(near(chance_apart(2, 2), 1.0 / 3.0) && near(chance_apart(3, 3), 0.1) && near(chance_apart(1, 1), 1.0));
+        assert!(near(chance_apart(2, 3), chance_apart(3, 2)) && chance_apart(5, 5) < 0.01);
     }
 
     #[test]

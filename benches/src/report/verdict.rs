@@ -2,7 +2,7 @@
 
 use crate::study::{Engine, Guest, Link, Mover, Study};
 
-use super::group::{Group, Quantity, Sample, cell, cells};
+use super::group::{Group, Quantity, Sample, cell, cells, chance_apart};
 
 /// With a single run there is no noise to be seen; less than this share of a difference is taken for it.
 const SINGLE_RUN_NOISE: f64 = 0.02;
@@ -171,6 +171,13 @@ pub(crate) fn losses<'a>(study: &'a Study, duels: &[Duel<'a>]) -> Vec<Loss<'a>> 
     duels.iter().flat_map(|duel| duel.losses(study)).collect()
 }
 
+/// How likely two equals look different here, by the least number of runs that any two have; nothing if that is one.
+pub(crate) fn chance(duels: &[Duel<'_>]) -> Option<(usize, f64)> {
+    let compared = duels.iter().flat_map(|duel| &duel.rows);
+    let runs = compared.filter_map(|row| Some(row.ours.len().min(row.best.as_ref()?.sample.len()))).min()?;
+    (runs > 1).then(|| (runs, chance_apart(runs, runs)))
+}
+
 pub(crate) fn tally(duels: &[Duel<'_>]) -> Tally {
     let mut tally = Tally::default();
     for duel in duels {
@@ -248,6 +255,13 @@ mod tests {
         let bytes = duels[0].rows.iter().find(|row| row.quantity == Quantity::Bytes).unwrap();
         assert_eq!(bytes.best.as_ref().unwrap().mover.name, "qemu-packed");
         assert_eq!(bytes.fastest.as_ref().unwrap().mover.name, "qemu-plain");
+    }
+
+    #[test]
+    fn what_few_runs_cannot_tell_is_known() {
+        let of = |ours: &[f64], theirs: &[f64]| chance(&duels(&study(ours, theirs, theirs)));
+        assert_eq!(of(&[1.0, 2.0, 3.0], &[1.0, 2.0, 3.0]), Some((3, chance_apart(3, 3))));
+        assert_eq!(of(&[1.0, 2.0, 3.0], &[1.0]), None);
     }
 
     #[test]

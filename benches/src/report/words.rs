@@ -65,27 +65,36 @@ pub(crate) fn ratio(value: f64) -> String {
     if value.is_finite() { format!("{}×", digits(value)) } else { NOTHING.to_owned() }
 }
 
+/// Without zeros behind the point.
+pub(crate) fn trimmed(number: &str) -> &str {
+    if number.contains('.') { number.trim_end_matches('0').trim_end_matches('.') } else { number }
+}
+
 /// What a share is of all, such as `94 %`.
 pub(crate) fn percent(share: f64) -> String {
-    if share.is_finite() { format!("{} %", digits(share * 100.0)) } else { NOTHING.to_owned() }
+    if share.is_finite() { format!("{} %", trimmed(&digits(share * 100.0))) } else { NOTHING.to_owned() }
 }
 
 /// `1 GiB, idle`, `1 GiB, 60 MiB/s of whole-page writes over 256 MiB`.
 pub(crate) fn guest(guest: &Guest) -> String {
-    let size = bytes(guest.bytes as f64);
-    let kind = match guest.writes {
+    let (size, rate) = (bytes(guest.bytes as f64), bytes(guest.dirty_bytes_per_second as f64));
+    let writes = match guest.writes {
         Writes::Idle => return format!("{size}, idle"),
-        Writes::FewBytes => "writes of a few bytes",
-        Writes::WholePages => "whole-page writes",
+        Writes::FewBytes => format!("a few bytes written in {rate}/s of pages"),
+        Writes::WholePages => format!("{rate}/s of whole-page writes"),
     };
-    let (rate, set) = (bytes(guest.dirty_bytes_per_second as f64), bytes(guest.working_set as f64));
-    format!("{size}, {rate}/s of {kind} over {set}")
+    format!("{size}, {writes} over {}", bytes(guest.working_set as f64))
 }
 
 /// `100 Mbit/s`, `an unshaped link`, `1 Gbit/s and 20 ms`.
 pub(crate) fn link(link: &Link) -> String {
     let rate = link.bits_per_second.map_or_else(|| "an unshaped link".to_owned(), |rate| bits(rate as f64));
-    if link.rtt_ms > 0.0 { format!("{rate} and {} ms", digits(link.rtt_ms).trim_end_matches(".0")) } else { rate }
+    if link.rtt_ms > 0.0 { format!("{rate} and {} ms", count(link.rtt_ms)) } else { rate }
+}
+
+/// `1 link`, `3 links`.
+pub(crate) fn plural(count: usize, thing: &str) -> String {
+    format!("{count} {thing}{}", if count == 1 { "" } else { "s" })
 }
 
 /// A whole number as it is, any other with a digit behind the point.

@@ -166,7 +166,7 @@ pub(crate) enum End {
 
 /// The longest time between two beats of the guest's heart, by its own clock. Nothing for a guest that does not run.
 #[derive(Serialize, Deserialize, Clone, Copy, PartialEq, Debug, Default)]
-#[expect(clippy::struct_field_names, reason = "a number needs its unit")]
+#[expect(clippy::struct_field_names, reason = "names end in units")]
 pub(crate) struct Stalls {
     /// Before the migration: what this machine does to a guest anyway.
     pub(crate) before_ms: Option<f64>,

@@ -93,7 +93,7 @@ impl Bar {
     }
 
     fn draw(&self, layout: Layout, x: Scale, at: f64) -> Element {
-        let (name, middle) = (super::words::cut(&self.name, 18), at + BAR / 2.0);
+        let (name, middle) = (super::words::cut(&self.name, 15), at + BAR / 2.0);
         let hollow = if self.sound { "" } else { " hollow" };
         let mut drawn = self
             .look

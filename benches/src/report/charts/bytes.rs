@@ -44,7 +44,7 @@ fn bar(study: &Study, group: &Group<'_>) -> Bar {
     let wire = group.sample(Quantity::Bytes).median();
     let parts = group.typical().filter(|run| !run.stages.is_empty()).map(stages);
     let says = group.standing.trouble().map_or_else(String::new, |trouble| format!(", {trouble}"));
-    let on = if parts.is_some() { " on the wire" } else { "" };
+    let on = if parts.is_some() && says.is_empty() { " on the wire" } else { "" };
     Bar {
         name: words::short(&group.mover.name).to_owned(),
         look: Look::of(study, &group.mover.name),

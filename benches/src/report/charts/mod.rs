@@ -40,8 +40,7 @@ fn axis_rate(value: f64) -> String {
 /// Without zeros behind the point.
 fn rounded(words: &str) -> String {
     let Some((number, unit)) = words.split_once(' ') else { return words.to_owned() };
-    let number = if number.contains('.') { number.trim_end_matches('0').trim_end_matches('.') } else { number };
-    format!("{number} {unit}")
+    format!("{} {unit}", words::trimmed(number))
 }
 
 #[cfg(test)]

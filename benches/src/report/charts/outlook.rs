@@ -15,7 +15,9 @@ use super::axis_seconds;
 
 const STEPS: u32 = 160;
 const WIDTH: f64 = 860.0;
-const HEIGHT: f64 = 430.0;
+const HEIGHT: f64 = 470.0;
+/// Room above the lines for the name of each.
+const ROW: f64 = 14.0;
 
 /// The picture; nothing for a study without guests.
 pub(crate) fn outlook(study: &Study) -> Option<Element> {
@@ -33,12 +35,16 @@ pub(crate) fn outlook(study: &Study) -> Option<Element> {
     })?;
     let values = curves.iter().flat_map(|(_, points)| points.iter().map(|(_, seconds)| *seconds));
     let measured = ours.iter().map(|group| group.sample(Quantity::Time).median());
-    let y = Scale::around(values.chain(measured).filter(|seconds| *seconds < 1e5), 1.0, frame.upwards());
+    let y = Scale::around(
+        values.chain(measured).filter(|seconds| *seconds < 1e5),
+        1.0,
+        (frame.bottom, frame.top + ROW * curves.len() as f64),
+    );
     let across = Axis { scale: x, title: "rate of the link", step: round_step, words: words::bits };
     let upwards = Axis { scale: y, title: "total time", step: round_step, words: axis_seconds };
     let title = "Lines: the model, whole pages. Circles: ours, measured. Dashed: what one core allows";
     let drawn = frame.draw(title, &across, &upwards);
-    let (lines, floors) = (names(x, y, &curves), floors(study, &frame, y));
+    let (lines, floors) = (names(&frame, x, y, &curves), floors(study, &frame, y));
     let measured = study.links.iter().map(|link| {
         let here: Vec<&Group<'_>> = ours.iter().filter(|group| group.link.name == link.name).collect();
         points(study, &here, &frame, x, y)
@@ -71,22 +77,23 @@ fn curve(guest: &Guest, x: Scale) -> Vec<(f64, f64)> {
 }
 
 /// The lines, with the names of their guests where they begin: below that rate there is no end.
-fn names(x: Scale, y: Scale, curves: &[(&Guest, Vec<(f64, f64)>)]) -> Element {
+fn names(frame: &Frame, x: Scale, y: Scale, curves: &[(&Guest, Vec<(f64, f64)>)]) -> Element {
+    // The further right a line begins, the lower its name: no leader crosses the name of another.
+    let starts: Vec<f64> = curves.iter().filter_map(|(_, points)| Some(points.first()?.0)).collect();
     let drawn = curves.iter().filter_map(|(guest, points)| {
         let shown = path(points.iter().map(|(rate, seconds)| (x.at(*rate), y.at(*seconds)))).class("line model");
         let (rate, seconds) = *points.first()?;
         let place = (x.at(rate), y.at(seconds));
-        let (least, most) = x.bounds();
-        if rate <= least * 1.01 {
-            let (rate, seconds) = *points.get(points.len() * 2 / 5)?;
-            let words = label(x.at(rate) - 4.0, y.at(seconds) + 16.0, "end", &guest.name).class("name");
+        if rate <= x.bounds().0 * 1.01 {
+            let words = label(place.0 + 10.0, place.1, "start", &guest.name).class("name");
             return Some(Element::new("g").push(shown).push(words));
         }
         let words = format!("{}: no end below {}", guest.name, words::bits(rate));
-        let is_left = rate < (least * most).sqrt();
-        let (at, anchor) = if is_left { (place.0 + 7.0, "start") } else { (place.0 - 7.0, "end") };
+        let at = frame.top + ROW * (starts.iter().filter(|start| **start < rate).count() as f64 + 0.7);
         let mark = Element::new("circle").class("cliff").at("cx", place.0).at("cy", place.1).at("r", 3.0);
-        Some(Element::new("g").push(shown).push(mark).push(label(at, place.1 + 4.0, anchor, &words).class("name")))
+        let leader = line((place.0, place.1 - 3.0), (place.0, at - 8.0)).class("leader");
+        let words = label(place.0 + 4.0, at, "start", &words).class("name");
+        Some(Element::new("g").push(shown).push(leader).push(mark).push(words))
     });
     Element::new("g").extend(drawn)
 }
@@ -106,14 +113,19 @@ fn floors(study: &Study, frame: &Frame, y: Scale) -> Element {
             (cost, seconds, y.at(seconds))
         })
         .collect();
-    let wanted: Vec<f64> = floors.iter().map(|(_, _, at)| at - 6.0).collect();
-    let places = spread(&wanted, 26.0, (frame.top, frame.bottom));
-    let drawn = floors.iter().zip(places).map(|((cost, seconds, at), place)| {
+    let highest = floors.iter().map(|(_, _, at)| *at).fold(f64::NAN, f64::min);
+    let drawn = floors.iter().enumerate().map(|(index, (cost, seconds, at))| {
+        let is_above = *at <= highest && floors.iter().skip(index + 1).all(|(_, _, other)| other > at);
+        let place = if is_above { at - 5.0 } else { at + 13.0 };
         let look = Look::of(study, &cost.group.mover.name);
-        let words = format!("{}: {} of CPU time", words::short(&cost.group.mover.name), words::seconds(*seconds));
+        let words = format!(
+            "{}: {} of CPU time",
+            words::cut(words::short(&cost.group.mover.name), 22),
+            words::seconds(*seconds)
+        );
         look.group()
             .push(line((frame.left, *at), (frame.right, *at)).class("floor"))
-            .push(label(frame.right - 4.0, place + 3.0, "end", &words).class("name"))
+            .push(label(frame.right - 4.0, place, "end", &words).class("name"))
     });
     Element::new("g").extend(drawn)
 }

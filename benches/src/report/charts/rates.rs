@@ -18,6 +18,7 @@ const KNEE: f64 = 5.0;
 const HEIGHT: f64 = 320.0;
 /// Room for names at the right.
 const NAMES: f64 = 128.0;
+const LETTERS_OF_NAMES: usize = 16;
 const STEPS: u32 = 240;
 
 /// The kinds of writes that were measured, other than none.
@@ -177,9 +178,10 @@ impl<'a> Picture<'a> {
         let same = || self.lost.iter().filter(|(_, other)| other.guest.name == group.guest.name);
         let index = same().position(|(_, other)| other.mover.name == group.mover.name).unwrap_or(0) as f64;
         let middle = (same().count() as f64 - 1.0) / 2.0;
-        let at = self.x.at(group.guest.dirty_bytes_per_second as f64 / MIB) + (index - middle) * 11.0;
+        let last = self.frame.right - 6.0 - middle * 11.0;
+        let at = self.x.at(group.guest.dirty_bytes_per_second as f64 / MIB).min(last) + (index - middle) * 11.0;
         let words = format!("{}, {}: {}", group.mover.name, group.guest.name, group.time_in_words());
-        let mark = look.mark((at.min(self.frame.right - 5.0), self.frame.top + 9.0), false);
+        let mark = look.mark((at, self.frame.top + 9.0), false);
         look.group().push(hint(words)).push(mark)
     }
 
@@ -197,14 +199,17 @@ impl<'a> Picture<'a> {
         let names = lasts.iter().zip(places).map(|((track, group), at)| {
             let trouble = group.standing.trouble().is_some();
             let is_last = self.joined.last().is_none_or(|last| last.name == group.guest.name);
-            let only = if is_last { String::new() } else { format!(" ({})", group.guest.name) };
-            let name = words::cut(&(words::cut(words::short(&group.mover.name), 16) + &only), 20);
+            let only = if is_last { String::new() } else { format!(" ({})", words::cut(&group.guest.name, 9)) };
+            let room = LETTERS_OF_NAMES - only.chars().count();
+            let name = words::cut(words::short(&group.mover.name), room) + &only;
             let (x, y) = self.place(group);
             let from = self.frame.right + 4.0;
+            // A leader across the whole picture would say less than the name of the guest.
+            let leader = line((x + 6.0, y), (from, at)).class("leader");
             track
                 .look
                 .group()
-                .push(line((x + 6.0, y), (from, at)).class("leader"))
+                .extend(is_last.then_some(leader))
                 .push(track.look.mark((from + 4.0, at), !trouble))
                 .push(label(from + 13.0, at + 4.0, "start", &name).class("name"))
         });

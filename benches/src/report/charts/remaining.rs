@@ -1,6 +1,6 @@
 //! What was still to be sent, over time: one picture for each guest and link.
 
-use crate::study::{End, Guest, Link, Run, Study};
+use crate::study::{End, Guest, Link, Remaining, Run, Study};
 
 use super::super::group::{Group, cell, is_verified};
 use super::super::markup::Element;
@@ -37,7 +37,7 @@ pub(crate) fn remaining(study: &Study, link: &Link, guest: &Guest) -> Option<Ele
     let frame = Frame { width, height: bottom + 38.0, left: 66.0, right: width - 24.0, top: TOP, bottom };
     let x = Scale::from_zero(latest, frame.across(), round_step);
     let y = Scale::new(Kind::Linear, (0.0, most * 1.02), (TOP + PLOT, TOP));
-    let across = Axis { scale: x, title: "seconds since the order to migrate", step: round_step, words: axis_seconds };
+    let across = Axis { scale: x, title: "since the order to migrate", step: round_step, words: axis_seconds };
     let upwards = Axis { scale: y, title: "memory still to be sent", step: binary_step, words: axis_bytes };
     let mut drawn = frame.draw(&format!("{} over {}", guest.name, words::link(link)), &across, &upwards);
     // Ours last: on top.
@@ -58,14 +58,20 @@ fn latest<'a>(runs: impl Iterator<Item = &'a Run> + Clone) -> f64 {
 }
 
 fn curve(look: &Look, run: &Run, x: Scale, y: Scale) -> Element {
-    let mut points: Vec<(f64, f64)> = Vec::new();
-    let until = x.bounds().1;
-    for (index, left) in run.remaining.iter().enumerate().take_while(|(_, left)| left.seconds <= until) {
+    let (mut points, until) = (Vec::new(), x.bounds().1);
+    let mut before: Option<&Remaining> = None;
+    for (index, left) in run.remaining.iter().enumerate() {
+        if left.seconds > until {
+            let bytes = before.map(|before| between(before, left, until));
+            points.extend(bytes.map(|bytes| (x.at(until), y.at(bytes))));
+            break;
+        }
         let place = (x.at(left.seconds), y.at(left.bytes as f64));
-        let far = points.last().is_none_or(|last| (place.0 - last.0).hypot(place.1 - last.1) >= APART);
+        let far = points.last().is_none_or(|last: &(f64, f64)| (place.0 - last.0).hypot(place.1 - last.1) >= APART);
         if far || index + 1 == run.remaining.len() {
             points.push(place);
         }
+        before = Some(left);
     }
     let is_marked = look.is_ours && run.rounds <= MOST_ROUNDS_MARKED;
     let starts = run.remaining.windows(2).filter(|pair| pair[0].round != pair[1].round && pair[1].bytes > 0);
@@ -75,6 +81,12 @@ fn curve(look: &Look, run: &Run, x: Scale, y: Scale) -> Element {
         Element::new("circle").class("pass").at("cx", place.0).at("cy", place.1).at("r", 2.4).push(hint(words))
     });
     look.group().push(look.drawn(path(points))).extend(marks.collect::<Vec<_>>())
+}
+
+/// What was left at a time between these two.
+fn between(before: &Remaining, after: &Remaining, seconds: f64) -> f64 {
+    let share = (seconds - before.seconds) / (after.seconds - before.seconds);
+    before.bytes as f64 + (after.bytes as f64 - before.bytes as f64) * share
 }
 
 /// A line below the plot, as long as it took, with the name at its end.

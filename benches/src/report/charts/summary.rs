@@ -1,7 +1,7 @@
 //! One picture for a README: total time and downtime over two links, ours and the best of QEMU. It has a ground of its own,
 //! so that it can be read on any page.
 
-use crate::study::{Guest, Link, Study};
+use crate::study::{Engine, Guest, Link, Study, Writes};
 
 use super::super::group::{Group, Quantity};
 use super::super::markup::Element;
@@ -39,7 +39,7 @@ pub(crate) fn summary(study: &Study) -> Element {
         .at("height", height)
         .push(Element::new("style").text(STYLE))
         .push(ground)
-        .push(label(16.0, 27.0, "start", "Time to move a virtual machine").class("head"))
+        .push(label(16.0, 27.0, "start", &title(&guests)).class("head"))
         .extend(key());
     let column = (WIDTH - LEFT - 16.0) / (links.len().max(1) * 2) as f64;
     for (index, link) in links.iter().enumerate() {
@@ -58,9 +58,15 @@ pub(crate) fn summary(study: &Study) -> Element {
         "Medians on {} x {}. QEMU: for each number the best of {} settings that finished.",
         study.machine.cpus,
         words::cut(&study.machine.cpu, 46),
-        study.movers.iter().filter(|mover| mover.engine == crate::study::Engine::Qemu).count()
+        study.movers.iter().filter(|mover| mover.engine == Engine::Qemu).count()
     );
     drawn.push(label(16.0, height - 13.0, "start", &foot).class("soft"))
+}
+
+fn title(guests: &[&Guest]) -> String {
+    let same = guests.first().filter(|first| guests.iter().all(|guest| guest.bytes == first.bytes));
+    let size = same.map_or_else(String::new, |guest| format!(" of {}", words::bytes(guest.bytes as f64)));
+    format!("Time to move a virtual machine{size}")
 }
 
 fn first_of_ours(study: &Study) -> Vec<Duel<'_>> {
@@ -93,16 +99,16 @@ fn key() -> Vec<Element> {
 }
 
 fn named(guest: &Guest, at: f64) -> Vec<Element> {
-    let words = words::guest(guest);
-    let (first, rest) = words.split_once(", ").unwrap_or((words.as_str(), ""));
-    let rest = rest.split(" over ").next().unwrap_or(rest);
-    let (rate, kind) = rest.split_once(" of ").unwrap_or((rest, ""));
-    let kind = if kind.is_empty() { first.to_owned() } else { kind.to_owned() };
-    let rate = if rest == "idle" { "idle".to_owned() } else { format!("{rate} written") };
+    let rate = words::bytes(guest.dirty_bytes_per_second as f64);
+    let (what, besides) = match guest.writes {
+        Writes::Idle => (guest.name.clone(), "nothing is written".to_owned()),
+        Writes::FewBytes => (format!("{rate}/s of pages"), "a few bytes of each".to_owned()),
+        Writes::WholePages => (format!("{rate}/s of pages"), "written as a whole".to_owned()),
+    };
     vec![
         line((16.0, at), (WIDTH - 16.0, at)).class("rule"),
-        label(16.0, at + 19.0, "start", &rate).class("bold"),
-        label(16.0, at + 35.0, "start", &kind).class("soft"),
+        label(16.0, at + 19.0, "start", &words::cut(&what, 20)).class("bold"),
+        label(16.0, at + 35.0, "start", &besides).class("soft"),
     ]
 }
 

@@ -17,15 +17,15 @@ pub(super) fn head(study: &Study) -> Element {
         .into_iter()
         .filter_map(|(engine, name)| {
             let count = study.movers.iter().filter(|mover| mover.engine == engine).count();
-            (count > 0).then(|| format!("{name} in {count} setting{}", if count == 1 { "" } else { "s" }))
+            (count > 0).then(|| format!("{name} in {}", words::plural(count, "setting")))
         })
         .collect();
     let what = format!(
-        "{} guests over {} links, moved by {}: {} migrations.",
-        study.guests.len(),
-        study.links.len(),
+        "{} over {}, moved by {}: {}.",
+        words::plural(study.guests.len(), "guest"),
+        words::plural(study.links.len(), "link"),
         engines.join(" and "),
-        study.runs.len()
+        words::plural(study.runs.len(), "migration")
     );
     let facts = format!(
         "{}. {} x {}, {} GiB of memory, Linux {}, TCP {}, transparent huge pages {}{}.",
@@ -149,7 +149,7 @@ fn links(study: &Study) -> Element {
 }
 
 fn round_trip(link: &Link) -> String {
-    if link.rtt_ms > 0.0 { format!("+{} ms", words::digits(link.rtt_ms)) } else { "as it is".to_owned() }
+    if link.rtt_ms > 0.0 { format!("+{} ms", words::count(link.rtt_ms)) } else { "as it is".to_owned() }
 }
 
 fn copy(link: &Link) -> Element {

@@ -10,7 +10,7 @@ use super::group::Quantity;
 use super::markup::Element;
 use super::svg::look::Look;
 use super::svg::picture;
-use super::verdict::{NO_REASON, duels, losses};
+use super::verdict::{NO_REASON, chance, duels, losses};
 use super::{answer, words};
 
 const STYLE: &str = include_str!("style.css");
@@ -168,6 +168,12 @@ fn verdict(study: &Study) -> Element {
              among those that finished every time. Beside it stands the best value that any setting that finished reached, which may be \
              another one for each quantity. Runs whose ranges overlap are level; of a single run, what differs by less than 2 %.",
         ))
+        .extend(chance(&duels).map(|(runs, chance)| {
+            soft(format!(
+                "With {runs} runs of each, {} of comparisons between equals look like a difference by chance alone.",
+                words::percent(chance)
+            ))
+        }))
         .extend(answer::standing(&duels).map(paragraph))
         .push(tables::overview(study, &duels))
         .extend(study.links.iter().filter_map(|link| tables::duels(link, &duels)))

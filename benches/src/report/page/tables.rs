@@ -126,6 +126,13 @@ fn quantity(duel: &Duel<'_>, row: &Row<'_>, first: bool) -> Vec<Element> {
         None => (cell("").text(words::NOTHING), words::NOTHING.to_owned()),
     };
     let ((fastest, by), (best, beside)) = (theirs(&row.fastest), theirs(&row.best));
+    // Nothing is gained by the same number twice.
+    let is_same = row
+        .best
+        .as_ref()
+        .zip(row.fastest.as_ref())
+        .is_some_and(|(best, fastest)| best.mover.name == fastest.mover.name);
+    let best = if is_same { cell("").push(Element::new("small").text("the same")) } else { best };
     let judgement = row.best.as_ref().map(|best| best.judgement);
     vec![
         cell("words").text(name).extend(trouble),

@@ -112,7 +112,7 @@ fn decades(least: f64, most: f64) -> Vec<f64> {
 
 /// About five steps of 1, 2 or 5 times a power of ten.
 pub(crate) fn round_step(span: f64) -> f64 {
-    below((span / 4.0).max(f64::MIN_POSITIVE.sqrt()))
+    below((span / 3.0).max(f64::MIN_POSITIVE.sqrt()))
 }
 
 /// About five steps of a power of two.
