@@ -111,7 +111,7 @@ impl Acceptor for PathsAcceptor {
     }
 
     fn capabilities(&self) -> Capabilities {
-        common(self.paths.iter().map(|path| path.capabilities()))
+        common(self.paths.iter().map(|path| path.capabilities()), &self.known.options)
     }
 }
 

@@ -58,14 +58,15 @@ pub(super) fn dialer(
     match to {
         Address::Net(address) => means.dialer(address, lane, sources(&lane.bind, 1)?[0]),
         Address::Paths(all) => {
-            let means = Means { peer_timeout: path_timeout(peer_timeout), ..means };
+            let options = PathOptions::within(peer_timeout);
+            let means = Means { peer_timeout: options.dead_path_after(), ..means };
             let sources = sources(&lane.bind, all.len())?;
             let paths: Vec<_> = all
                 .iter()
                 .zip(sources)
                 .map(|(address, source)| means.dialer(address, lane, source))
                 .collect::<Result<_, _>>()?;
-            Ok(Arc::new(PathsDialer::new(paths, path_options(peer_timeout))))
+            Ok(Arc::new(PathsDialer::new(paths, options)))
         }
         Address::Unix(_) | Address::File(_) if !lane.names_no_network() => Err(LinkError::NoNetwork(to.clone()).into()),
         Address::Unix(path) => Ok(Arc::new(UnixDialer::new(path))),
@@ -100,11 +101,12 @@ pub(super) fn acceptor(
             (acceptor, Address::Net(local))
         }
         Address::Paths(all) => {
-            let means = Means { peer_timeout: path_timeout(peer_timeout), ..means };
+            let options = PathOptions::within(peer_timeout);
+            let means = Means { peer_timeout: options.dead_path_after(), ..means };
             let bound: Vec<_> =
                 all.iter().map(|address| means.acceptor(address, &mut identity)).collect::<Result<_, _>>()?;
             let (acceptors, locals): (Vec<_>, _) = bound.into_iter().unzip();
-            let acceptor = PathsAcceptor::new(acceptors, path_options(peer_timeout));
+            let acceptor = PathsAcceptor::new(acceptors, options);
             (Arc::new(acceptor), Address::Paths(locals))
         }
         Address::Unix(_) | Address::File(_) if interface.is_some() => {
@@ -279,16 +281,4 @@ fn sources(binds: &[IpAddr], paths: usize) -> Result<Vec<Option<IpAddr>>, LinkEr
         all if all.len() == paths => Ok(all.iter().copied().map(Some).collect()),
         all => Err(LinkError::Binds { binds: all.len(), paths }),
     }
-}
-
-/// A path that is dead must be noticed while there is time to go on over another.
-fn path_timeout(peer_timeout: Duration) -> Duration {
-    (peer_timeout / 4).min(Duration::from_secs(3))
-}
-
-fn path_options(peer_timeout: Duration) -> PathOptions {
-    let mut options = PathOptions::default();
-    options.give_up_after = peer_timeout * 4 / 5;
-    options.redial_timeout = path_timeout(peer_timeout);
-    options
 }
