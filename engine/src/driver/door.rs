@@ -2,6 +2,7 @@
 //! starters, while a migration goes on undisturbed behind it.
 
 use std::collections::{BTreeMap, HashMap};
+use std::io::IoSlice;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -15,7 +16,7 @@ use crate::host::ThreadRole;
 use crate::limits::{GREETED_TIMEOUT, GREETING_TIMEOUT, MAX_GREETING, MAX_PENDING_LANES};
 use crate::session::LaneKey;
 use crate::transport::{Acceptor, Lane, LaneCloser, LaneHalves};
-use crate::wire::{FrameBuffer, Greeting, Message};
+use crate::wire::{FrameBuffer, Greeting, Kind, Message, Refusal};
 
 /// How often the door looks at the clock and at its closing.
 const LOOK: Duration = Duration::from_millis(50);
@@ -120,12 +121,30 @@ fn hear_greeting(halves: &mut LaneHalves) -> Option<Greeting> {
     // A stranger gets room for a greeting, and for nothing else.
     let mut frame = FrameBuffer::with_limit(MAX_GREETING);
     halves.receiver.receive(&mut frame).ok()?;
-    let first = frame.header().ok()?.sequence == 0;
+    let header = frame.header().ok()?;
+    if header.kind == Kind::Transport {
+        explain(halves, &mut frame);
+        return None;
+    }
+    let first = header.sequence == 0;
     match Message::decode(&frame) {
         Ok(Message::Greeting(greeting)) if first => Some(greeting),
         _ => None,
     }
 }
+
+/// A transport of the source begins its lanes with a word of its own, which this side's transport does not know. Whatever it is, it
+/// passes on to its engine what the engine says.
+fn explain(halves: &mut LaneHalves, frame: &mut FrameBuffer) {
+    let refusal = Message::Refuse(Refusal::Guest(OTHER_TRANSPORT.to_owned())).encode(0);
+    if halves.sender.send(&mut [IoSlice::new(&refusal)]).is_ok() {
+        // Closing at once could overtake it; the caller's time is limited.
+        while halves.receiver.receive(frame).is_ok() {}
+    }
+}
+
+const OTHER_TRANSPORT: &str = "its lanes come by another transport than this destination's: where one side names several addresses \
+                               (paths), the other must name the same ones";
 
 fn close_overdue(pending: &Pending) {
     let now = Instant::now();

@@ -6,6 +6,10 @@
 //! another on a path that works; both tell how much they have received, and send the rest again. The engine
 //! notices a delay. Only when no path works for [`PathOptions::give_up_after`] does the lane break.
 //!
+//! What proves who the peer is, and keeps others from listening, are the paths' own transports: all of them, or it is not done
+//! ([`Capabilities::encrypted`](pageferry::transport::Capabilities::encrypted)). Over a plaintext path somebody who hears a
+//! lane's random name can go on with that lane in the peer's place.
+//!
 //! Both ends must speak it: a lane here begins with a frame of the kind that transports use among themselves.
 #![deny(unsafe_code)]
 
