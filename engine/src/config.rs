@@ -6,6 +6,7 @@ use crate::limits::{
     BATCH_MEMORY, BATCHES_PER_ENCODER, BATCHES_PER_LANE, DUPLICATE_SLOTS_PER_PAGE, ENCODER_MEMORY, HASH_CHUNK_PAGES,
     LANE_MEMORY, MAX_BATCHES, MAX_ENCODERS, MAX_PAGES, SESSION_MEMORY,
 };
+use crate::transport::Capabilities;
 use crate::units::PAGE_SIZE;
 
 /// What to do when the total timeout comes before the guest's memory has become small enough.
@@ -113,11 +114,11 @@ impl Default for SourceConfig {
 }
 
 impl SourceConfig {
-    /// The most memory, in bytes, that the engine takes beside the guest's own: for a guest of so many pages, all with content.
-    /// Pages that were never touched cost two bytes at most. With the defaults 256 MiB, 8 MiB per GiB of guest, and some
+    /// The most memory, in bytes, that the engine and its lanes take beside the guest's own: for a guest of so many pages, all
+    /// with content, over a transport that can do this ([`Dialer::capabilities`](crate::transport::Dialer::capabilities)). Pages that were never touched cost two bytes at most. With the defaults 256 MiB, 8 MiB per GiB of guest, and some
     /// for every core.
     /// No layout has more than [`MAX_PAGES`].
-    pub fn memory_bound(&self, pages: u64) -> u64 {
+    pub fn memory_bound(&self, pages: u64, transport: &Capabilities) -> u64 {
         let pages = pages.min(MAX_PAGES);
         let index = if self.encode.duplicates { pages * DUPLICATE_SLOTS_PER_PAGE * 8 } else { 0 };
         let cache = self.encode.delta_cache.min(pages * PAGE_SIZE as u64);
@@ -130,8 +131,14 @@ impl SourceConfig {
         // Lanes encode too while the link looks fast, and may still have batches to pack when it shows that it is not.
         let packing_lanes = if self.encode.compress == Compress::Auto { lanes } else { 0 };
         let encoding = (encoders + packing_lanes) * ENCODER_MEMORY;
-        page_memory(pages) + index + cache + buffers + encoding + lanes * LANE_MEMORY + SESSION_MEMORY
+        let lanes = lanes * LANE_MEMORY + transport_memory(self.lanes, transport);
+        page_memory(pages) + index + cache + buffers + encoding + lanes + SESSION_MEMORY
     }
+}
+
+/// What the transport holds for so many data lanes and a control lane.
+fn transport_memory(lanes: u16, transport: &Capabilities) -> u64 {
+    (u64::from(lanes) + 1).saturating_mul(transport.lane_memory)
 }
 
 /// Hashes and bitmaps of so many pages: a byte a page, and a chunk that is not full.
@@ -159,11 +166,15 @@ impl Default for DestinationConfig {
 }
 
 impl DestinationConfig {
-    /// The most memory, in bytes, that the engine takes beside the guest's own, for a guest of so many pages that comes over so
-    /// many data lanes. The machine state comes on top, until the VMM has loaded it: as many bytes as the source sends, at most
+    /// The most memory, in bytes, that the engine and its lanes take beside the guest's own, for a guest of so many pages that
+    /// comes over so many data lanes of a transport that can do this
+    /// ([`Acceptor::capabilities`](crate::transport::Acceptor::capabilities)). The machine state comes on top, until the VMM has loaded it: as many bytes as the source sends, at most
     /// [`MAX_STATE`](crate::limits::MAX_STATE).
-    pub fn memory_bound(&self, pages: u64, lanes: u16) -> u64 {
-        page_memory(pages.min(MAX_PAGES)) + (u64::from(lanes.max(1)) + 1) * LANE_MEMORY + SESSION_MEMORY
+    pub fn memory_bound(&self, pages: u64, lanes: u16, transport: &Capabilities) -> u64 {
+        transport_memory(lanes, transport)
+            + page_memory(pages.min(MAX_PAGES))
+            + (u64::from(lanes.max(1)) + 1) * LANE_MEMORY
+            + SESSION_MEMORY
     }
 }
 
@@ -176,8 +187,18 @@ mod tests {
         let mut config = SourceConfig { lanes: u16::MAX, ..SourceConfig::default() };
         config.encode.threads = u16::MAX;
         config.encode.delta_cache = u64::MAX;
-        assert!(config.memory_bound(u64::MAX) > MAX_PAGES * PAGE_SIZE as u64);
-        assert!(DestinationConfig::default().memory_bound(u64::MAX, u16::MAX) > MAX_PAGES * 16);
+        let transport = Capabilities { lane_memory: 1 << 40, ..Capabilities::default() };
+        assert!(config.memory_bound(u64::MAX, &transport) > MAX_PAGES * PAGE_SIZE as u64);
+        assert!(DestinationConfig::default().memory_bound(u64::MAX, u16::MAX, &transport) > MAX_PAGES * 16);
+    }
+
+    #[test]
+    fn what_a_transport_holds_counts_for_every_lane() {
+        let transport = |lane_memory| Capabilities { lane_memory, ..Capabilities::default() };
+        let source = SourceConfig { lanes: 4, ..SourceConfig::default() };
+        let of_source = |lane_memory| source.memory_bound(1000, &transport(lane_memory));
+        let of_destination = |lane_memory| DestinationConfig::default().memory_bound(1000, 4, &transport(lane_memory));
+        assert_eq!((of_source(100) - of_source(0), of_destination(100) - of_destination(0)), (500, 500));
     }
 
     #[test]
@@ -185,7 +206,7 @@ mod tests {
         let bound = |lanes, compress| {
             let mut config = SourceConfig { lanes, ..SourceConfig::default() };
             (config.encode.compress, config.encode.threads) = (compress, 1);
-            config.memory_bound(0)
+            config.memory_bound(0, &Capabilities::default())
         };
         assert!(bound(3, Compress::Auto) - bound(2, Compress::Auto) >= ENCODER_MEMORY);
         assert!(bound(3, Compress::Off) - bound(2, Compress::Off) < ENCODER_MEMORY);

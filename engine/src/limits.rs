@@ -54,6 +54,10 @@ pub const MAX_PENDING_LANES: usize = 256;
 /// Time a new lane has to introduce itself before it is dropped as a stranger.
 pub const GREETING_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Time that a lane which has introduced itself waits for a destination that is busy with its VMM. By then a source has given
+/// up by its default peer timeout, and asks again by another lane.
+pub const GREETED_TIMEOUT: Duration = Duration::from_secs(10);
+
 /// Batches at work or waiting for a lane, per encoder: one in its hands, and some that it can go on with while a lane
 /// sends a batch that was left raw. With two the encoder waited for a tenth of the time (`benches/NOTES.md`).
 pub const BATCHES_PER_ENCODER: usize = 6;

@@ -2,7 +2,7 @@
 //! reference names content that the destination holds when it gets there (R5, R6), and a fresh
 //! migration knows nothing of an earlier one.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use pageferry::batch::round_of;
 use pageferry::memory::Layout;
@@ -17,6 +17,8 @@ pub(crate) struct Audit {
     step: u32,
     /// In which step a page was last sent.
     sent: BTreeMap<PageNumber, u32>,
+    /// Pages that were last written past the frames: nobody knows what the destination holds of them.
+    unsure: BTreeSet<PageNumber>,
     /// In which step a page was last copied from.
     copied_from: BTreeMap<PageNumber, u32>,
     /// The first broken rule.
@@ -26,7 +28,7 @@ pub(crate) struct Audit {
 impl Audit {
     pub(crate) fn new(layout: Layout) -> Self {
         let (records, sent, copied_from) = (Vec::new(), BTreeMap::new(), BTreeMap::new());
-        Self { layout, records, step: 0, sent, copied_from, violation: None }
+        Self { layout, records, step: 0, sent, unsure: BTreeSet::new(), copied_from, violation: None }
     }
 
     /// Looks at a frame that the source hands to a lane.
@@ -68,7 +70,10 @@ impl Audit {
         if self.copied_from.get(&page) == Some(&step) {
             return Err(format!("{page} is sent in step {step}, in which it is copied from"));
         }
+        let unsure = if coding == Coding::Written { !self.unsure.insert(page) } else { self.unsure.remove(&page) };
         match coding {
+            Coding::Written if copies => Err(format!("{page} is written in step {step}, the round's second")),
+            Coding::Delta if unsure => Err(format!("{page} is a delta, and was written last")),
             Coding::Copy { .. } if !copies => Err(format!("{page} is a copy in step {step}, the round's first")),
             Coding::Delta | Coding::Pattern if copies => Err(format!("{page} is no copy in step {step}")),
             Coding::Delta if before.is_none() => Err(format!("{page} is a delta, and was never sent")),
@@ -79,6 +84,9 @@ impl Audit {
 
     fn check_source(&mut self, step: u32, page: PageNumber, from: PageNumber) -> Result<(), String> {
         self.copied_from.insert(from, step);
+        if self.unsure.contains(&from) {
+            return Err(format!("{page} is copied from {from}, which was written last"));
+        }
         match self.sent.get(&from) {
             Some(sent) if *sent < step => Ok(()),
             sent => Err(format!("{page} is copied from {from} in step {step}, which was last sent in step {sent:?}")),

@@ -47,6 +47,8 @@ pub struct Codings {
     pub copy: u64,
     /// Whole.
     pub literal: u64,
+    /// Of these, written straight into the destination's memory.
+    pub written: u64,
     /// Put off as a copy, and sent whole because nothing held the content any more.
     pub copy_turned_literal: u64,
     /// Put off as a copy, and zero when it was read again.
@@ -78,13 +80,14 @@ impl Codings {
         self.delta += other.delta;
         self.copy += other.copy;
         self.literal += other.literal;
+        self.written += other.written;
         self.copy_turned_literal += other.copy_turned_literal;
         self.copy_turned_zero += other.copy_turned_zero;
         self.spared += other.spared;
     }
 
     /// Each coding by its name.
-    pub fn each(&self) -> [(&'static str, u64); 9] {
+    pub fn each(&self) -> [(&'static str, u64); 10] {
         [
             ("zero", self.zero),
             ("unchanged", self.unchanged),
@@ -92,6 +95,7 @@ impl Codings {
             ("delta", self.delta),
             ("copy", self.copy),
             ("literal", self.literal),
+            ("written", self.written),
             ("copy turned literal", self.copy_turned_literal),
             ("copy turned zero", self.copy_turned_zero),
             ("spared", self.spared),

@@ -57,6 +57,8 @@ pub(crate) struct DestinationParts {
     pub(crate) canary: Option<Canary>,
     /// Stands for a process that was started after another died: its VM is no guest of ours.
     pub(crate) knows_nothing: bool,
+    /// The source may write into its memory.
+    pub(crate) one_sided: bool,
 }
 
 /// A destination's process.
@@ -69,6 +71,7 @@ pub(crate) struct DestinationHost {
     random: Random,
     canary: Option<Canary>,
     knows_nothing: bool,
+    one_sided: bool,
     started: Duration,
     inbox: VecDeque<Heard>,
     /// Lanes in the door, and lanes that have introduced themselves.
@@ -107,6 +110,7 @@ impl DestinationHost {
             random: parts.random,
             canary: parts.canary,
             knows_nothing: parts.knows_nothing,
+            one_sided: parts.one_sided,
             started: Duration::ZERO,
             inbox: VecDeque::new(),
             door: BTreeMap::new(),
@@ -286,9 +290,7 @@ impl DestinationHost {
             DestinationAction::CloseLanes => self.close_lanes(ctx),
             DestinationAction::Send(message) => self.send(ctx, message),
             DestinationAction::StopPlacing => {
-                if let Some(room) = &mut self.room {
-                    room.closed = true;
-                }
+                self.stop_placing();
                 self.wake_receivers(ctx);
             }
             DestinationAction::Verify => {
@@ -304,6 +306,15 @@ impl DestinationHost {
             }
         }
         true
+    }
+
+    fn stop_placing(&mut self) {
+        if let Some(room) = &mut self.room {
+            room.closed = true;
+            if std::mem::replace(&mut room.exposed, false) {
+                lock(&self.guest).exposed = None;
+            }
+        }
     }
 
     fn send(&mut self, ctx: &mut Context, message: Message) {
@@ -357,9 +368,7 @@ impl DestinationHost {
 
     fn close(&mut self, ctx: &mut Context) {
         self.life = Life::Over;
-        if let Some(room) = &mut self.room {
-            room.closed = true;
-        }
+        self.stop_placing();
         self.close_lanes(ctx);
         for lane in std::mem::take(&mut self.greeted) {
             ctx.network.close(&mut ctx.clock, lane, End::Destination);

@@ -56,6 +56,8 @@ pub(crate) struct Guest {
     pub(crate) tracking: Tracking,
     pub(crate) source: SourceSide,
     pub(crate) destination: DestinationSide,
+    /// The destination's memory, as far as the source may write into it.
+    pub(crate) exposed: Option<Arc<MappedMemory>>,
     pub(crate) log: DirtyLog,
     /// Whether it ran when the migration began.
     pub(crate) ran: bool,
@@ -98,6 +100,7 @@ impl Guest {
             tracking,
             source: SourceSide { memory, runs: ran, locks: true, throttle: 0, owns: true },
             destination: DestinationSide::default(),
+            exposed: None,
             log: DirtyLog { words, ..DirtyLog::default() },
             ran,
             counter: 1,

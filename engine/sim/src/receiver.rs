@@ -38,6 +38,8 @@ pub(crate) struct Room {
     pub(crate) barrier: Barrier,
     pub(crate) tally: Tally,
     pub(crate) closed: bool,
+    /// The source may write into the memory.
+    pub(crate) exposed: bool,
     /// Bytes of pages that came: what signs of life tell.
     pub(crate) progress: u64,
     /// The canary.
@@ -180,9 +182,10 @@ impl Receiver {
         if room.closed {
             return self.not_wanted();
         }
-        let placer = self
-            .placer
-            .get_or_insert_with(|| Placer::new(room.memory.clone(), room.hasher.clone(), Arc::clone(&room.table)));
+        let placer = self.placer.get_or_insert_with(|| {
+            let placer = Placer::new(room.memory.clone(), room.hasher.clone(), Arc::clone(&room.table));
+            placer.exposed(room.exposed)
+        });
         let entry = room.barrier.enter(self.index, step).map_err(|error| misbehaved(error.to_string()))?;
         if entry == Entry::Wait && !room.overtakes.covers(step) {
             return Ok(Step::Wait);

@@ -123,6 +123,8 @@ pub(crate) struct Scenario {
     /// Pages are torn while they are read, through a memory that has no window.
     pub(crate) tears: bool,
     pub(crate) knows_populated: bool,
+    /// Which ends of the transport can write pages straight into the destination's memory: the source's, the destination's.
+    pub(crate) one_sided: (bool, bool),
     pub(crate) config: SourceConfig,
     pub(crate) encoding: EncoderPlan,
     pub(crate) destination_config: DestinationConfig,
@@ -170,6 +172,7 @@ impl Scenario {
             tracking: tracking(&mut dice),
             tears: dice.chance(50),
             knows_populated: dice.chance(80),
+            one_sided: one_sided(&mut random.fork(11)),
             random_policy: dice.chance(30),
             // Now and then so many that the session has to put an end to it.
             patience: if dice.chance(4) { u64::MAX } else { dice.log_within(3..=300) },
@@ -215,6 +218,7 @@ impl Scenario {
             tracking: Tracking { manual: false, initially_set: false, report: Report::Words, loses_a_bit: false },
             tears: false,
             knows_populated: true,
+            one_sided: (false, false),
             config,
             encoding: EncoderPlan { longest: Duration::from_micros(200), buffers: 4 },
             destination_config,
@@ -283,6 +287,15 @@ fn layout(random: &mut Random, large: bool) -> Layout {
         regions.reverse();
     }
     Layout::new(regions).unwrap_or_default()
+}
+
+fn one_sided(random: &mut Random) -> (bool, bool) {
+    match random.below(100) {
+        0..=29 => (true, true),
+        30..=32 => (true, false),
+        33..=35 => (false, true),
+        _ => (false, false),
+    }
 }
 
 fn pattern(random: &mut Random, pages: u64) -> Pattern {

@@ -2,15 +2,18 @@
 //! a time in the same order of preference, blocked while its lane is full.
 
 use std::collections::VecDeque;
+use std::io;
 use std::time::Duration;
 
 use pageferry::Error;
 use pageferry::encode::EncodedBatch;
 use pageferry::limits::HEARTBEAT;
-use pageferry::transport::LaneRole;
+use pageferry::memory::GuestMemory;
+use pageferry::transport::{DirectRun, LaneRole};
 use pageferry::wire::Message;
 
 use crate::clock::{Event, HostId};
+use crate::guest::{SharedGuest, lock};
 use crate::network::{End, LaneId};
 use crate::world::Context;
 
@@ -36,6 +39,8 @@ pub(crate) struct Shared {
     pub(crate) paid_until: Duration,
     /// What signs of life tell.
     pub(crate) progress: u64,
+    /// Where pages are written that do not travel in frames.
+    pub(crate) direct: Option<SharedGuest>,
 }
 
 enum State {
@@ -232,6 +237,7 @@ impl Sender {
 
     fn send_pages(&mut self, ctx: &mut Context, shared: &mut Shared) -> std::io::Result<Option<Said>> {
         let Some(batch) = &mut self.batch else { return Ok(None) };
+        shared.write_pages(batch.written())?;
         let mut frame = Vec::with_capacity(batch.tally().wire_bytes as usize);
         for part in batch.seal(self.sequence) {
             frame.extend_from_slice(&part);
@@ -302,6 +308,21 @@ impl Sender {
 }
 
 impl Shared {
+    /// What the pages hold now lands in the destination's memory, if that is still exposed.
+    fn write_pages(&self, runs: &[DirectRun]) -> io::Result<()> {
+        if runs.is_empty() {
+            return Ok(());
+        }
+        let guest = lock(self.direct.as_ref().ok_or(io::ErrorKind::Unsupported)?);
+        let to = guest.exposed.as_ref().ok_or(io::ErrorKind::PermissionDenied)?;
+        for run in runs {
+            let mut bytes = vec![0; run.len as usize];
+            guest.source.memory.read(run.region, run.offset, &mut bytes).map_err(io::Error::other)?;
+            to.write(run.region, run.offset, &bytes).map_err(io::Error::other)?;
+        }
+        Ok(())
+    }
+
     /// Books bytes on the common budget; returns when they are paid for.
     fn pay(&mut self, now: Duration, bytes: u64) -> Duration {
         let Some(rate) = self.bandwidth else { return now };

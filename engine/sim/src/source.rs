@@ -121,6 +121,8 @@ pub(crate) struct SourceParts {
     pub(crate) vm: crate::scenario::VmPlan,
     pub(crate) random: Random,
     pub(crate) canary: Option<Canary>,
+    /// It can write pages into the destination's memory.
+    pub(crate) one_sided: bool,
 }
 
 /// A source's process.
@@ -137,6 +139,7 @@ pub(crate) struct SourceHost {
     vm: crate::scenario::VmPlan,
     random: Random,
     canary: Option<Canary>,
+    one_sided: bool,
     started: Duration,
     hasher: PageHasher,
     table: Arc<HashTable>,
@@ -201,6 +204,7 @@ impl SourceHost {
             vm: parts.vm,
             random: parts.random,
             canary: parts.canary,
+            one_sided: parts.one_sided,
             started: Duration::ZERO,
             hasher: PageHasher::new(&parts.digest_key),
             table: Arc::new(HashTable::new(layout.page_space())),
@@ -407,7 +411,10 @@ impl SourceHost {
         match action {
             SourceAction::Dial | SourceAction::DialSettle => ctx.dial(self.id, LaneRole::Control),
             SourceAction::Send(message) => self.send(ctx, message),
-            SourceAction::OpenLanes { count, .. } => {
+            SourceAction::OpenLanes { count, exposed } => {
+                if exposed && count > 0 && self.one_sided {
+                    self.shared.direct = Some(Arc::clone(&self.guest));
+                }
                 self.dialling = Some((count, Vec::new()));
                 self.dial_next(ctx);
             }

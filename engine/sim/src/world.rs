@@ -83,6 +83,7 @@ impl World {
             random: clock.random.fork(11),
             canary: scenario.canary,
             knows_nothing: false,
+            one_sided: scenario.one_sided.1,
         });
         let audit = Audit::new(scenario.layout.clone());
         let ctx = Context { clock, network, audit };
@@ -137,6 +138,7 @@ impl World {
                 random,
                 canary: None,
                 knows_nothing: false,
+                one_sided: self.scenario.one_sided.1,
             });
             destination.start(&mut self.ctx);
             self.destination = Some(destination);
@@ -339,6 +341,7 @@ impl World {
                 random,
                 canary: None,
                 knows_nothing: true,
+                one_sided: self.scenario.one_sided.1,
             });
             destination.start(&mut self.ctx);
             self.destination = Some(destination);
@@ -434,6 +437,7 @@ fn source_parts(scenario: &Scenario, guest: &SharedGuest, id: HostId, random: Ra
         vm: VmPlan::clone(&scenario.vm),
         random,
         canary: scenario.canary,
+        one_sided: scenario.one_sided.0,
     }
 }
 

@@ -79,11 +79,14 @@ pub struct Capabilities {
     /// Lanes can write pages straight from the source's memory into the destination's
     /// ([`LaneSender::write_pages`]).
     pub one_sided: bool,
+    /// Most bytes that a lane of this end holds in buffers of its own, such as what it may have to send again. 0 for a lane that
+    /// leaves that to the host's kernel.
+    pub lane_memory: u64,
 }
 
 impl Default for Capabilities {
     fn default() -> Self {
-        Self { encrypted: false, max_lanes: u16::MAX, one_sided: false }
+        Self { encrypted: false, max_lanes: u16::MAX, one_sided: false, lane_memory: 0 }
     }
 }
 

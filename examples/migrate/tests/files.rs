@@ -157,6 +157,6 @@ fn a_guest_that_finds_no_room_stays_in_the_file() {
     assert_eq!(saved.code, 0, "{}", saved.report());
     let restored = Running::start(&format!("restore {file} --max-memory 16M --linger 20ms")).end();
     let report = restored.report();
-    assert_eq!((restored.code, &report["owner"]), (1, &"source".into()), "{report}");
+    assert_eq!((restored.code, &report["owner"]), (1, &"file".into()), "{report}");
     assert!(report["error"].as_str().unwrap().contains("--max-memory"), "{report}");
 }

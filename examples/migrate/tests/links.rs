@@ -79,6 +79,57 @@ fn a_guest_moves_over_two_paths() {
 }
 
 #[test]
+fn one_address_against_several_is_explained_and_the_guest_stays() {
+    let (single, several) = ("127.0.0.1:0", "127.0.0.1:0,127.0.0.2:0");
+    for (listen, expected) in
+        [(single, "the other must name the same ones"), (several, "all the addresses that it has printed")]
+    {
+        let mut receiver = Running::start(&format!("receive --listen {listen} --linger 20ms --wait 60s"));
+        let listening = receiver.wait_for("listening")["connect"].as_str().unwrap().to_owned();
+        let to = match listening.split_once(',') {
+            Some((first, _)) => first.to_owned(),
+            // A second path, on which nobody listens.
+            None => format!("{listening},127.0.0.2:1"),
+        };
+        let send = format!("send --guest process --to {to} --memory 16M --after 20ms --linger 20ms");
+        let ended = Running::start(&send).end();
+        let report = ended.report();
+        assert_eq!((ended.code, &report["owner"]), (1, &"source".into()), "{report}");
+        assert!(report["error"].as_str().unwrap().contains(expected), "{report}");
+        receiver.interrupt();
+        receiver.end();
+    }
+}
+
+#[test]
+fn a_pairing_may_come_from_a_file_or_from_standard_input() {
+    let folder = std::env::temp_dir().join(format!("migrate-pairing-{}", std::process::id()));
+    for (whole, from_stdin) in [(true, false), (false, false), (false, true)] {
+        let mut receiver = Running::start("receive --listen tls://127.0.0.1:0 --linger 20ms --wait 60s");
+        let listening = receiver.wait_for("listening");
+        let (address, connect) = (listening["address"].as_str().unwrap(), listening["connect"].as_str().unwrap());
+        let pairing = if whole { connect } else { connect.rsplit_once('/').unwrap().1 };
+        std::fs::write(&folder, format!("{pairing}\n")).unwrap();
+        let name = if from_stdin { "-".to_owned() } else { folder.display().to_string() };
+        let send = format!(
+            "send --guest process --to {address} --pairing-file {name} --memory 16M --after 20ms --linger 20ms"
+        );
+        let mut sender = program();
+        sender.args(send.split_whitespace()).arg("--json").stdin(std::fs::File::open(&folder).unwrap());
+        let output = sender.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stdout));
+        assert_eq!(receiver.end().code, 0);
+    }
+    std::fs::write(&folder, "pear-AAAA").unwrap();
+    let file = folder.display();
+    refused(&format!("send --to tls://192.0.2.7:1 --pairing-file {file}"), "holds no pairing");
+    refused("send --to tls://192.0.2.7:1 --pairing-file /nonexistent", "/nonexistent");
+    std::fs::write(&folder, format!("pair-{}", "A".repeat(64))).unwrap();
+    refused(&format!("send --to tcp://127.0.0.1:1 --pairing-file {file}"), "tcp://127.0.0.1:1");
+    std::fs::remove_file(&folder).unwrap();
+}
+
+#[test]
 fn links_that_cannot_be_are_explained_before_a_guest_is_started() {
     let pairing = format!("pair-{}", "A".repeat(64));
     for (arguments, expected) in [
@@ -94,6 +145,7 @@ fn links_that_cannot_be_are_explained_before_a_guest_is_started() {
         ("send --to tls://127.0.0.1:1 --tls-dir /nonexistent", "/nonexistent"),
         (&format!("receive --listen tls://127.0.0.1:0/{pairing}"), "the receiver makes its own"),
         ("send --to tls://127.0.0.1:1/pair-abc", "copy all"),
+        ("send --to tls://127.0.0.1:1", "within this host tcp:// needs neither"),
     ] {
         refused(arguments, expected);
     }

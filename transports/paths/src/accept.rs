@@ -13,7 +13,7 @@ use crossbeam_channel::{Receiver, Sender, bounded};
 use pageferry::transport::{
     Acceptor, Capabilities, Lane, LaneCloser, LaneHalves, LaneReceiver, LaneSender, TransportError,
 };
-use pageferry::wire::FrameBuffer;
+use pageferry::wire::{FrameBuffer, Message, Refusal};
 
 use crate::attendant::Attendant;
 use crate::connection::{Connection, MAX_MESSAGE};
@@ -111,7 +111,7 @@ impl Acceptor for PathsAcceptor {
     }
 
     fn capabilities(&self) -> Capabilities {
-        common(self.paths.iter().map(|path| path.capabilities()))
+        common(self.paths.iter().map(|path| path.capabilities()), &self.known.options)
     }
 }
 
@@ -294,8 +294,7 @@ impl NewReceiver {
     fn hear(&mut self, mut connection: Connection, known: &Arc<Known>) -> io::Result<Box<dyn LaneReceiver>> {
         let mut frame = FrameBuffer::with_limit(MAX_MESSAGE);
         connection.receiver.receive(&mut frame)?;
-        let message =
-            PathMessage::decode(&frame)?.ok_or(PathFailure::Misbehaved("it did not say which lane it means"))?;
+        let Some(message) = PathMessage::decode(&frame)? else { return Err(refuse_single(connection, &mut frame)) };
         if !known.begins(message) {
             // The engine's door is to let it go without closing it.
             *lock(&self.slot) = Slot::Gone;
@@ -310,6 +309,19 @@ impl NewReceiver {
         Ok(halves.receiver)
     }
 }
+
+/// The engine's own frame comes first: the source speaks over one path. It hears why it cannot be.
+fn refuse_single(mut connection: Connection, frame: &mut FrameBuffer) -> io::Error {
+    let refusal = Message::Refuse(Refusal::Guest(SINGLE_PATH.to_owned())).encode(0);
+    if connection.sender.send(&mut [IoSlice::new(&refusal)]).is_ok() {
+        // Closing at once could overtake it; the engine's door limits the caller's time.
+        while connection.receiver.receive(frame).is_ok() {}
+    }
+    PathFailure::Misbehaved("it speaks over one path, not several").into()
+}
+
+const SINGLE_PATH: &str =
+    "this destination takes lanes over several paths: name all the addresses that it has printed, with commas between";
 
 impl LaneReceiver for NewReceiver {
     fn receive(&mut self, frame: &mut FrameBuffer) -> io::Result<()> {

@@ -78,18 +78,20 @@ impl Dialer for PathsDialer {
     }
 
     fn capabilities(&self) -> Capabilities {
-        common(self.0.all.iter().map(|path| path.dialer.capabilities()))
+        common(self.0.all.iter().map(|path| path.dialer.capabilities()), &self.0.options)
     }
 }
 
 /// What all paths can do.
-pub(crate) fn common(all: impl Iterator<Item = Capabilities>) -> Capabilities {
+pub(crate) fn common(all: impl Iterator<Item = Capabilities>, options: &PathOptions) -> Capabilities {
     let (mut common, mut all) = (Capabilities::default(), all.peekable());
     common.encrypted = all.peek().is_some();
     for one in all {
         common.encrypted &= one.encrypted;
         common.max_lanes = common.max_lanes.min(one.max_lanes);
+        common.lane_memory = common.lane_memory.max(one.lane_memory);
     }
+    common.lane_memory += options.lane_memory();
     common
 }
 

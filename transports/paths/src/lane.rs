@@ -17,10 +17,10 @@ use crate::{PathFailure, PathOptions};
 
 /// Fewest bytes that may be unacknowledged, whatever was configured: with less than what the peer acknowledges at once both sides
 /// would wait for ever.
-const LEAST_UNACKNOWLEDGED: usize = 4 * TELL_EVERY.0;
+pub(crate) const LEAST_UNACKNOWLEDGED: usize = 4 * TELL_EVERY.0;
 
 /// Frames that were received and wait for the engine, per lane.
-const AHEAD: usize = 2;
+pub(crate) const AHEAD: usize = 2;
 
 /// How long a lane that has ended may take to tell the peer so, over a connection that takes nothing.
 const LAST_WORD: Duration = Duration::from_millis(300);

@@ -16,7 +16,7 @@ use pageferry::wire::{FrameBuffer, HEADER_LEN, Header, Kind};
 
 use crate::PathFailure;
 
-/// The random name of a lane: whoever knows it may go on with it.
+/// The random name of a lane: whoever knows it may go on with it. It is as secret as the path that it is said on.
 pub(crate) type LaneId = [u8; 16];
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

@@ -17,7 +17,7 @@ pub(crate) struct Unacknowledged {
 }
 
 /// Buffers that are kept for reuse.
-const SPARE: usize = 8;
+pub(crate) const SPARE: usize = 8;
 
 impl Unacknowledged {
     /// The number of the frame that comes next.

@@ -294,3 +294,15 @@ fn a_path_that_opens_and_breaks_at_once_is_not_tried_without_a_pause() {
     peer.join().unwrap();
     near.closer.close();
 }
+
+#[test]
+fn what_is_kept_to_be_sent_again_counts_as_a_lanes_memory() {
+    let memory = |unacknowledged| {
+        let mut options = PathOptions::default();
+        options.unacknowledged = unacknowledged;
+        let path = Arc::new(in_memory().0) as Arc<dyn Dialer>;
+        PathsDialer::new([path], options).capabilities().lane_memory
+    };
+    assert!(memory(16 << 20) >= 16 << 20);
+    assert_eq!(memory(64 << 20) - memory(16 << 20), 48 << 20);
+}

@@ -67,7 +67,7 @@ impl QuicAcceptor {
         transport.max_concurrent_bidi_streams(VarInt::from_u32(1)).receive_window(VarInt::from_u32(GREETING_WINDOW));
         let mut server = config::server(&identity, transport).map_err(|failure| refuse(failure.into()))?;
         server.max_incoming(MAX_STRANGERS);
-        let host = Host::start(socket, Some(server))?;
+        let host = Host::start(socket, Some(server), options.spawner.as_deref())?;
         let (send, lanes) = mpsc::channel(MAX_WAITING);
         let reception = Reception {
             identity,

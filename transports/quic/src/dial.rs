@@ -108,7 +108,7 @@ impl QuicDialer {
         }
         let any: IpAddr = if address.is_ipv4() { Ipv4Addr::UNSPECIFIED.into() } else { Ipv6Addr::UNSPECIFIED.into() };
         let socket = self.options.socket(state.source.unwrap_or(SocketAddr::new(any, 0)))?;
-        Ok(Arc::clone(state.host.insert(Host::start(socket, None)?)))
+        Ok(Arc::clone(state.host.insert(Host::start(socket, None, self.options.spawner.as_deref())?)))
     }
 
     fn connect(&self, host: &Host, address: SocketAddr, timeout: Duration) -> Result<Connection, QuicFailure> {

@@ -1,14 +1,16 @@
 //! The runtime and the endpoint of one end. They live as long as the end or any of its lanes, and a little longer if what
 //! was said last is still on its way.
 
-use std::io;
 use std::net::UdpSocket;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
+use std::{fmt, io};
 
+use pageferry::host::{Joiner, Spawner, ThreadRole};
 use pageferry::transport::TransportError;
-use quinn::{Endpoint, RecvStream, SendStream, ServerConfig, TokioRuntime, VarInt};
+use quinn::{Connection, Endpoint, RecvStream, SendStream, ServerConfig, TokioRuntime, VarInt};
 use tokio::runtime::{Builder, Handle, Runtime};
+use tokio::sync::oneshot;
 use tokio::task::JoinSet;
 
 use crate::options::QuicOptions;
@@ -20,8 +22,12 @@ const THREADS: usize = 2;
 /// Most time that the last bytes of a lane may take to arrive when the lane is gone already.
 const LINGER: Duration = Duration::from_secs(2);
 
-/// Most time to tell the peer that the connection is over.
-const GOODBYE: Duration = Duration::from_millis(200);
+/// A peer from which nothing at all comes for so long, with bytes of a lane that is gone under way, is waited for no longer.
+const SILENCE: Duration = Duration::from_millis(500);
+
+/// Time to tell the peer that the connection is over. It is told at once; who does not hear it notices by itself, and
+/// all lanes have ended before.
+const GOODBYE: Duration = Duration::from_millis(50);
 
 /// Says that all went as it should.
 pub(crate) const IN_ORDER: VarInt = VarInt::from_u32(0);
@@ -34,21 +40,72 @@ type Shared<T> = Arc<tokio::sync::Mutex<Option<T>>>;
 pub(crate) struct Host {
     endpoint: Endpoint,
     farewells: Mutex<JoinSet<()>>,
-    runtime: Option<Runtime>,
+    threads: Option<Threads>,
+}
+
+/// What the endpoint runs on.
+enum Threads {
+    /// The runtime's own.
+    Own(Runtime),
+    /// One that the host has lent; it ends when it is told so.
+    Lent { handle: Handle, end: oneshot::Sender<()>, joiner: Mutex<Box<dyn Joiner>> },
+}
+
+impl fmt::Debug for Threads {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(if matches!(self, Self::Own(_)) { "Own" } else { "Lent" })
+    }
+}
+
+impl Threads {
+    fn start(spawner: Option<&dyn Spawner>) -> io::Result<Self> {
+        let Some(spawner) = spawner else {
+            let mut builder = Builder::new_multi_thread();
+            return builder.worker_threads(THREADS).thread_name("ferry-quic").enable_all().build().map(Self::Own);
+        };
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let (handle, (end, ended)) = (runtime.handle().clone(), oneshot::channel());
+        let run = move || {
+            // It comes to an error when nobody can say it any more.
+            let _ = runtime.block_on(ended);
+            runtime.shutdown_background();
+        };
+        let joiner = Mutex::new(spawner.spawn(ThreadRole::Transport("quic"), Box::new(run))?);
+        Ok(Self::Lent { handle, end, joiner })
+    }
+
+    fn handle(&self) -> &Handle {
+        match self {
+            Self::Own(runtime) => runtime.handle(),
+            Self::Lent { handle, .. } => handle,
+        }
+    }
+
+    fn end(self) {
+        match self {
+            Self::Own(runtime) => runtime.shutdown_background(),
+            Self::Lent { end, joiner, .. } => {
+                let _ = end.send(());
+                joiner.into_inner().unwrap_or_else(PoisonError::into_inner).join();
+            }
+        }
+    }
 }
 
 impl Host {
     /// An end at this socket.
-    pub(crate) fn start(socket: UdpSocket, server: Option<ServerConfig>) -> Result<Arc<Self>, TransportError> {
+    pub(crate) fn start(
+        socket: UdpSocket,
+        server: Option<ServerConfig>,
+        spawner: Option<&dyn Spawner>,
+    ) -> Result<Arc<Self>, TransportError> {
         let refuse = |source: io::Error| TransportError::Option { option: "QUIC".to_owned(), source };
-        let mut builder = Builder::new_multi_thread();
-        let runtime = builder.worker_threads(THREADS).thread_name("pageferry-quic").enable_all().build();
-        let runtime = runtime.map_err(refuse)?;
+        let threads = Threads::start(spawner).map_err(refuse)?;
         let endpoint = {
-            let _entered = runtime.enter();
+            let _entered = threads.handle().enter();
             Endpoint::new(QuicOptions::endpoint(), server, socket, Arc::new(TokioRuntime)).map_err(refuse)?
         };
-        Ok(Arc::new(Self { endpoint, farewells: Mutex::default(), runtime: Some(runtime) }))
+        Ok(Arc::new(Self { endpoint, farewells: Mutex::default(), threads: Some(threads) }))
     }
 
     pub(crate) fn endpoint(&self) -> &Endpoint {
@@ -56,7 +113,7 @@ impl Host {
     }
 
     pub(crate) fn handle(&self) -> Option<&Handle> {
-        self.runtime.as_ref().map(Runtime::handle)
+        self.threads.as_ref().map(Threads::handle)
     }
 
     /// Runs work that needs the runtime's clock or sockets, and waits for it.
@@ -66,7 +123,7 @@ impl Host {
     }
 
     /// Ends a lane as soon as its users let go of it: what was sent on it still arrives.
-    pub(crate) fn see_off(&self, send: Shared<SendStream>, receive: Shared<RecvStream>) {
+    pub(crate) fn see_off(&self, connection: Connection, send: Shared<SendStream>, receive: Shared<RecvStream>) {
         let Some(handle) = self.handle() else { return };
         let mut farewells = self.farewells.lock().unwrap_or_else(PoisonError::into_inner);
         while farewells.try_join_next().is_some() {}
@@ -76,10 +133,28 @@ impl Host {
             let Some(mut send) = send.lock().await.take() else { return };
             if send.finish().is_ok() {
                 // Whether it was received or the lane was broken: it is over.
-                let _ = tokio::time::timeout(LINGER, send.stopped()).await;
+                let arrived = async { drop(send.stopped().await) };
+                tokio::select! {
+                    () = arrived => {}
+                    () = fall_silent(&connection) => {}
+                    () = tokio::time::sleep(LINGER) => {}
+                }
             }
         };
         farewells.spawn_on(farewell, handle);
+    }
+}
+
+/// Waits until nothing has come for a while.
+async fn fall_silent(connection: &Connection) {
+    let heard = || connection.stats().udp_rx.datagrams;
+    let mut before = heard();
+    loop {
+        tokio::time::sleep(SILENCE).await;
+        let now = heard();
+        if std::mem::replace(&mut before, now) == now {
+            return;
+        }
     }
 }
 
@@ -89,8 +164,8 @@ impl Drop for Host {
         self.wait_for(Some(LINGER), async { while farewells.join_next().await.is_some() {} });
         self.endpoint.close(IN_ORDER, b"");
         self.wait_for(Some(GOODBYE), self.endpoint.wait_idle());
-        if let Some(runtime) = self.runtime.take() {
-            runtime.shutdown_background();
+        if let Some(threads) = self.threads.take() {
+            threads.end();
         }
     }
 }

@@ -35,7 +35,8 @@ impl QuicLane {
         unsent_limit: u32,
     ) -> Self {
         let (send, receive) = (Arc::new(Mutex::new(Some(send))), Arc::new(Mutex::new(Some(receive))));
-        let stream = Stream { host, send, receive, closed: watch::Sender::new(false) };
+        let closed = watch::Sender::new(false);
+        let stream = Stream { host, send, receive, closed, connection: connection.clone() };
         Self { stream: Arc::new(stream), connection, unsent_limit }
     }
 }
@@ -69,12 +70,13 @@ struct Stream {
     send: Arc<Mutex<Option<SendStream>>>,
     receive: Arc<Mutex<Option<RecvStream>>>,
     closed: watch::Sender<bool>,
+    connection: Connection,
 }
 
 impl Stream {
     fn close(&self) {
         if !self.closed.send_replace(true) {
-            self.host.see_off(Arc::clone(&self.send), Arc::clone(&self.receive));
+            self.host.see_off(self.connection.clone(), Arc::clone(&self.send), Arc::clone(&self.receive));
         }
     }
 }

@@ -31,5 +31,7 @@ use pageferry::transport::Capabilities;
 fn capabilities() -> Capabilities {
     let mut capabilities = Capabilities::default();
     (capabilities.encrypted, capabilities.max_lanes) = (true, options::MAX_STREAMS as u16);
+    // The engine's lanes carry much in one direction only.
+    capabilities.lane_memory = options::LANE_WINDOW.into();
     capabilities
 }

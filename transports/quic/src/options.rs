@@ -1,10 +1,11 @@
 //! What a user may choose, every bound of the transport with its reason, and how they become QUIC's parameters.
 
-use std::io;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
+use std::{fmt, io};
 
+use pageferry::host::Spawner;
 use pageferry::transport::TransportError;
 use quinn::congestion::CubicConfig;
 use quinn::{EndpointConfig, IdleTimeout, MtuDiscoveryConfig, TransportConfig, VarInt};
@@ -42,7 +43,7 @@ const LONGEST: u16 = 65_507 / BATCH;
 const RETRY_LONGER: Duration = Duration::from_millis(500);
 
 /// Choices for both ends. The defaults are meant to be right for a migration network.
-#[derive(Clone, Debug)]
+#[derive(Clone)]
 #[non_exhaustive]
 pub struct QuicOptions {
     /// Send and receive through this network interface only (`eth1`); `None` (default) for whichever the routes name.
@@ -55,11 +56,25 @@ pub struct QuicOptions {
     /// What waits there delays whatever is sent next, at the switch-over as downtime: 84 ms at 100 Mbps by default. The
     /// control lane's messages go before everything else. Less slows down fast links.
     pub unsent_limit: u32,
+    /// Lends the thread on which all of an end happens. `None` (default) for two of the runtime's own, of which one can encrypt and
+    /// send while the other receives.
+    pub spawner: Option<Arc<dyn Spawner>>,
 }
 
 impl Default for QuicOptions {
     fn default() -> Self {
-        Self { interface: None, dead_peer_after: Duration::from_secs(10), unsent_limit: 1 << 20 }
+        Self { interface: None, dead_peer_after: Duration::from_secs(10), unsent_limit: 1 << 20, spawner: None }
+    }
+}
+
+impl fmt::Debug for QuicOptions {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { interface, dead_peer_after, unsent_limit, .. } = self;
+        f.debug_struct("QuicOptions")
+            .field("interface", interface)
+            .field("dead_peer_after", dead_peer_after)
+            .field("unsent_limit", unsent_limit)
+            .finish_non_exhaustive()
     }
 }
 

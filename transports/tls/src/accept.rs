@@ -5,9 +5,9 @@
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::thread;
 use std::time::Duration;
 
+use pageferry::host::{Spawner, StdSpawner, ThreadRole};
 use pageferry::transport::{Acceptor, Capabilities, Lane, TransportError};
 use pageferry_tcp::{Connection as TcpConnection, TcpAcceptor, TcpOptions};
 
@@ -21,18 +21,32 @@ use crate::lane::TlsLane;
 const MAX_OPENINGS: usize = 256;
 
 /// Listens on one address.
-#[derive(Debug)]
 pub struct TlsAcceptor {
     tcp: TcpAcceptor,
     identity: DestinationIdentity,
     openings: Arc<AtomicUsize>,
+    spawner: Arc<dyn Spawner>,
+}
+
+impl std::fmt::Debug for TlsAcceptor {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("TlsAcceptor").field("tcp", &self.tcp).finish_non_exhaustive()
+    }
 }
 
 impl TlsAcceptor {
     /// Listens on `host:port`, `192.0.2.1:port` or `[::]:port` (which takes IPv4 as well). Port 0 lets the host choose
     /// one: see [`local_addr`](Self::local_addr).
     pub fn bind(address: &str, options: TcpOptions, identity: DestinationIdentity) -> Result<Self, TransportError> {
-        Ok(Self { tcp: TcpAcceptor::bind(address, options)?, identity, openings: Arc::default() })
+        let tcp = TcpAcceptor::bind(address, options)?;
+        Ok(Self { tcp, identity, openings: Arc::default(), spawner: Arc::new(StdSpawner) })
+    }
+
+    /// Runs the threads of handshakes on the host's terms.
+    #[must_use]
+    pub fn with_spawner(mut self, spawner: Arc<dyn Spawner>) -> Self {
+        self.spawner = spawner;
+        self
     }
 
     /// Where it listens.
@@ -54,11 +68,11 @@ impl TlsAcceptor {
             return;
         }
         let under_way = Arc::clone(&openings);
-        let thread = thread::Builder::new().name("tls-opening".to_owned()).spawn(move || {
+        let shake_hands = move || {
             open();
             under_way.fetch_sub(1, Ordering::AcqRel);
-        });
-        if thread.is_err() {
+        };
+        if self.spawner.spawn(ThreadRole::Transport("tls"), Box::new(shake_hands)).is_err() {
             openings.fetch_sub(1, Ordering::AcqRel);
         }
     }

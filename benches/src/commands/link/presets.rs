@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use clap::ValueEnum;
+use pageferry::transport::Capabilities;
 use pageferry::{DestinationConfig, SourceConfig};
 
 use super::Plan;
@@ -195,8 +196,9 @@ impl Case<'_> {
         let (key, pages) = (self.key(OURS), self.subject.bytes / 4096);
         let config = SourceConfig::default();
         let bound = |engine: u64| Quantity::Known((engine + PROGRAM) as f64);
-        let source = bound(config.memory_bound(pages));
-        let destination = bound(DestinationConfig::default().memory_bound(pages, config.lanes));
+        let source = bound(config.memory_bound(pages, &Capabilities::default()));
+        let destination =
+            bound(DestinationConfig::default().memory_bound(pages, config.lanes, &Capabilities::default()));
         vec![
             Goal::at_most(
                 format!("{key}: memory of the source, of its bound"),

@@ -34,7 +34,7 @@ impl DestinationHost {
         let took = ctx.clock.now.saturating_sub(self.work_began);
         let input = match action {
             DestinationAction::MakeRoom(offer) => match self.make_room(&offer) {
-                Ok(()) => DestinationInput::RoomMade { exposed: false },
+                Ok(exposed) => DestinationInput::RoomMade { exposed },
                 Err(error) => DestinationInput::RoomRefused(error.to_string()),
             },
             DestinationAction::Load(state) => match self.load(&state) {
@@ -51,7 +51,8 @@ impl DestinationHost {
         self.go_on(ctx);
     }
 
-    pub(super) fn make_room(&mut self, offer: &Offer) -> VmResult<()> {
+    /// Whether the source may write into it.
+    pub(super) fn make_room(&mut self, offer: &Offer) -> VmResult<bool> {
         let mut guest = lock(&self.guest);
         guest.attempt(Call::Prepare)?;
         if self.knows_nothing {
@@ -59,6 +60,8 @@ impl DestinationHost {
         }
         let memory = Arc::new(fresh_memory(&offer.layout)?);
         guest.destination.memory = Some(Arc::clone(&memory));
+        let exposed = self.one_sided && offer.data_lanes > 0;
+        guest.exposed = exposed.then(|| Arc::clone(&memory));
         self.room = Some(Room {
             memory,
             hasher: PageHasher::new(&offer.digest_key),
@@ -67,6 +70,7 @@ impl DestinationHost {
             barrier: Barrier::new(offer.data_lanes.max(1)),
             tally: Tally::default(),
             closed: false,
+            exposed,
             progress: 0,
             overtakes: match self.canary {
                 Some(Canary::BarrierOvertaken) => Overtakes::Everything,
@@ -75,7 +79,7 @@ impl DestinationHost {
             },
             opened: false,
         });
-        Ok(())
+        Ok(exposed)
     }
 
     pub(super) fn load(&mut self, state: &[u8]) -> VmResult<()> {

@@ -11,6 +11,7 @@ use pageferry::config::{Compress, EncodeConfig};
 use pageferry::digest::{HashTable, PageHasher};
 use pageferry::encode::{Choice, EncodedBatch, Encoder, Level, Shared};
 use pageferry::memory::{GuestMemory, MemoryError};
+use pageferry::units::PAGE_SIZE;
 
 use super::{Heard, SourceHost};
 use crate::clock::{Event, HostId};
@@ -58,6 +59,8 @@ pub(super) struct EncoderParts {
     pub(super) plan: EncoderPlan,
     pub(super) random: Random,
     pub(super) copies_unchecked: bool,
+    /// Pages can be written straight into the destination's memory.
+    pub(super) direct: bool,
 }
 
 /// The encoder threads of a source.
@@ -72,6 +75,7 @@ pub(crate) struct Encoders {
     random: Random,
     /// The canary.
     copies_unchecked: bool,
+    direct: bool,
 }
 
 impl Encoders {
@@ -92,6 +96,7 @@ impl Encoders {
             plan: parts.plan,
             random: parts.random,
             copies_unchecked: parts.copies_unchecked,
+            direct: parts.direct,
             shared,
         }
     }
@@ -108,7 +113,7 @@ impl Encoders {
         if let (true, Phase::Copies(deferred)) = (self.copies_unchecked, &mut batch.phase) {
             *deferred = Arc::default();
         }
-        let choice = self.choose();
+        let choice = self.choose(batch.urgent);
         let job = Job { batch, choice, buffer, result: Ok(()) };
         *lock(&self.threads[index].work) = Work::Taken(Box::new(job));
         self.go_on_later(ctx, index, Duration::ZERO);
@@ -162,7 +167,7 @@ impl Encoders {
     }
 
     /// No clock here: the level is a matter of chance, as are trials of another.
-    fn choose(&mut self) -> Choice {
+    fn choose(&mut self, urgent: bool) -> Choice {
         let any = |random: &mut Random| match random.below(20) {
             0..=7 => Level::Raw,
             8..=13 => Level::Zstd(-5),
@@ -176,7 +181,8 @@ impl Encoders {
             Compress::Auto => any(&mut self.random),
         };
         let trial = self.random.chance(5).then(|| any(&mut self.random));
-        Choice { level, admits: self.random.chance(70), seeks: self.random.chance(90), direct: false, trial }
+        let direct = self.direct && level == Level::Raw && !urgent && trial.is_none();
+        Choice { level, admits: self.random.chance(70), seeks: self.random.chance(90), direct, trial }
     }
 }
 
@@ -213,6 +219,7 @@ impl SourceHost {
             plan: self.encoder_plan,
             random: self.random.fork(50),
             copies_unchecked: self.canary == Some(Canary::CopiesUnchecked),
+            direct: self.shared.direct.is_some(),
         }));
     }
 
@@ -235,6 +242,7 @@ impl SourceHost {
         }
         let tally = *buffer.tally();
         self.codings.add(&tally.stages, matches!(batch.phase, Phase::Copies(_)));
+        self.codings.written += buffer.written_bytes() / PAGE_SIZE as u64;
         let deferred = buffer.deferred().to_vec();
         if buffer.is_empty() {
             self.shared.free.push(buffer);

@@ -159,7 +159,31 @@ impl NetAddress {
     }
 }
 
+impl NetAddress {
+    /// The same with a secret; `None` if it is none that can have one.
+    fn paired(mut self, pairing: &Pairing) -> Option<Self> {
+        match self.scheme {
+            Scheme::Any if !self.is_within_this_host() => self.scheme = Scheme::Tls,
+            Scheme::Tls | Scheme::Quic => {}
+            _ => return None,
+        }
+        self.pairing = Some(pairing.clone());
+        Some(self)
+    }
+}
+
 impl Address {
+    /// The same with this secret; `None` if it is none that can have one.
+    pub(crate) fn paired(self, pairing: &Pairing) -> Option<Self> {
+        match self {
+            Self::Net(address) => address.paired(pairing).map(Self::Net),
+            Self::Paths(all) => {
+                all.into_iter().map(|address| address.paired(pairing)).collect::<Option<_>>().map(Self::Paths)
+            }
+            Self::Unix(_) | Self::File(_) => None,
+        }
+    }
+
     /// The same with its secret, for the sender.
     pub(crate) fn connection_string(&self) -> String {
         match self {
@@ -273,6 +297,24 @@ mod tests {
         }
         let both = format!("{text},quic://[2001:db8::7]:1/{secret}");
         assert_eq!(parse(&both).unwrap().connection_string(), both);
+    }
+
+    #[test]
+    fn a_pairing_can_be_added_where_it_is_of_use() {
+        let pairing: Pairing = format!("pair-{}", "A".repeat(64)).parse().unwrap();
+        for (bare, paired) in [
+            ("192.0.2.7:1", Some("tls://192.0.2.7:1/")),
+            ("tls://127.0.0.1:1", Some("tls://127.0.0.1:1/")),
+            ("quic://host:1", Some("quic://host:1/")),
+            ("tcp://192.0.2.7:1", None),
+            ("127.0.0.1:1", None),
+            ("unix:/run/s", None),
+        ] {
+            let found = parse(bare).unwrap().paired(&pairing).map(|address| address.connection_string());
+            assert_eq!(found, paired.map(|paired| format!("{paired}{pairing}")), "{bare}");
+        }
+        assert!(parse("tls://a:1,quic://b:2").unwrap().paired(&pairing).is_some());
+        assert!(parse("tls://a:1,tcp://b:2").unwrap().paired(&pairing).is_none());
     }
 
     #[test]

@@ -79,6 +79,7 @@ Examples:
 const SEND_EXAMPLES: &str = "\
 Examples:
   migrate send --to tls://192.0.2.7:7000/pair-... --memory 4G --vcpus 4    as `migrate receive` has printed it
+  migrate send --to 192.0.2.7:7000 --pairing-file - < pairing    not on the command line, which everybody here sees
   migrate send --to tls://host:7000 --tls-dir /etc/pageferry --on-key --bind 192.0.2.6 --lanes 4
   migrate send --to tcp://192.0.2.7:7000 --insecure-plaintext --encoders 4 --encoder-nice 10 --delta-cache 1G
   migrate send --to [::1]:7000 --on-signal --linger 5s --json
@@ -186,6 +187,10 @@ pub(crate) struct SendOptions {
     /// Where the destination listens: the address that it has printed
     #[arg(long, value_name = "ADDRESS")]
     pub(crate) to: Address,
+    /// File with the pairing, or with the whole address as `migrate receive` has printed it; - for the first line of standard
+    /// input. Other users of this host see every command line, and so a pairing in --to
+    #[arg(long, value_name = "FILE")]
+    pub(crate) pairing_file: Option<PathBuf>,
     /// Hand the guest's memory over instead of copying it, to a receiver on this host: to replace this process while the
     /// guest lives on. Needs --to unix:PATH and --backing memfd
     #[arg(long)]

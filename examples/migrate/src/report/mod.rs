@@ -43,6 +43,8 @@ pub(crate) enum Owner {
     Undecided,
     /// No guest was ever offered to this destination.
     Nobody,
+    /// The guest is in the file that it was to come from.
+    File,
 }
 
 /// Which side reports, or both in one.

@@ -126,7 +126,7 @@ fn head(report: &FinalReport) -> String {
     let total = show_ms(report.total_ms);
     let owner = match report.owner {
         Owner::Destination if report.role == Role::Save => "the guest is in the file",
-        Owner::Source if report.role == Role::Restore => "the guest is in the file, as before",
+        Owner::File => "the guest is in the file, as before",
         Owner::Source if report.role == Role::Save => "the guest is here, and there is no file",
         Owner::Destination if report.role == Role::Restore => "the guest is here",
         Owner::Source => "the guest is at the source",

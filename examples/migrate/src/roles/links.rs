@@ -1,6 +1,9 @@
 //! The transport that an address asks for, and what makes it safe.
 
+use std::fs::File;
+use std::io::{self, BufRead, Read};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -29,14 +32,48 @@ enum LinkError {
     Plaintext(NetAddress),
     #[error(
         "{0} is another host, to which nothing is sent that is not encrypted: copy the whole address that `migrate receive` has \
-         printed there (it ends in /pair-...), or give certificates with --tls-dir, or say --insecure-plaintext on both sides"
+         printed there (it ends in /pair-...), or give --pairing-file, or certificates with --tls-dir, or say --insecure-plaintext on both sides"
     )]
     NoIdentity(NetAddress),
+    #[error(
+        "nothing says whom to expect at {0}: copy the whole address that `migrate receive` has printed there (it ends in /pair-...), \
+         or give --pairing-file, or certificates with --tls-dir; within this host tcp:// needs neither"
+    )]
+    NoIdentityHere(NetAddress),
+    #[error("--pairing-file {path}: {source}", path = path.display())]
+    PairingFile { path: PathBuf, source: std::io::Error },
+    #[error(
+        "--pairing-file {path} holds no pairing: write what `migrate receive` has printed there, the whole address or what follows the \
+         last / of it", path = path.display()
+    )]
+    NotAPairing { path: PathBuf },
+    #[error(
+        "--pairing-file is of no use for {0}: only tls:// and quic:// addresses, or host:port of another host, have a pairing"
+    )]
+    NoUseOfPairing(Address),
     #[error("{0} has a pairing: where to listen is said without one, the receiver makes its own")]
     PairingToListen(NetAddress),
     #[error("--bind names {binds} addresses for {paths} paths; give one, or one for each")]
     Binds { binds: usize, paths: usize },
 }
+
+/// The address with the pairing that a file holds, or the first line of standard input if it is named `-`.
+pub(super) fn with_pairing_of(to: &Address, path: &Path) -> Result<Address, VmError> {
+    let failed = |source| LinkError::PairingFile { path: path.to_owned(), source };
+    let mut text = String::new();
+    if path.as_os_str() == "-" {
+        io::stdin().lock().take(LONGEST_PAIRING).read_line(&mut text).map_err(failed)?;
+    } else {
+        File::open(path).and_then(|file| file.take(LONGEST_PAIRING).read_to_string(&mut text)).map_err(failed)?;
+    }
+    // Of several paths all have the same.
+    let last = text.trim().rsplit('/').next().unwrap_or_default();
+    let pairing: Pairing = last.parse().map_err(|_| LinkError::NotAPairing { path: path.to_owned() })?;
+    to.clone().paired(&pairing).ok_or_else(|| LinkError::NoUseOfPairing(to.clone()).into())
+}
+
+/// Bytes that a file with a pairing may have: an address for each of many paths.
+const LONGEST_PAIRING: u64 = 16 << 10;
 
 /// How connections are made, whatever the address.
 struct Means<'a> {
@@ -58,14 +95,15 @@ pub(super) fn dialer(
     match to {
         Address::Net(address) => means.dialer(address, lane, sources(&lane.bind, 1)?[0]),
         Address::Paths(all) => {
-            let means = Means { peer_timeout: path_timeout(peer_timeout), ..means };
+            let options = PathOptions::within(peer_timeout);
+            let means = Means { peer_timeout: options.dead_path_after(), ..means };
             let sources = sources(&lane.bind, all.len())?;
             let paths: Vec<_> = all
                 .iter()
                 .zip(sources)
                 .map(|(address, source)| means.dialer(address, lane, source))
                 .collect::<Result<_, _>>()?;
-            Ok(Arc::new(PathsDialer::new(paths, path_options(peer_timeout))))
+            Ok(Arc::new(PathsDialer::new(paths, options)))
         }
         Address::Unix(_) | Address::File(_) if !lane.names_no_network() => Err(LinkError::NoNetwork(to.clone()).into()),
         Address::Unix(path) => Ok(Arc::new(UnixDialer::new(path))),
@@ -100,11 +138,12 @@ pub(super) fn acceptor(
             (acceptor, Address::Net(local))
         }
         Address::Paths(all) => {
-            let means = Means { peer_timeout: path_timeout(peer_timeout), ..means };
+            let options = PathOptions::within(peer_timeout);
+            let means = Means { peer_timeout: options.dead_path_after(), ..means };
             let bound: Vec<_> =
                 all.iter().map(|address| means.acceptor(address, &mut identity)).collect::<Result<_, _>>()?;
             let (acceptors, locals): (Vec<_>, _) = bound.into_iter().unzip();
-            let acceptor = PathsAcceptor::new(acceptors, path_options(peer_timeout));
+            let acceptor = PathsAcceptor::new(acceptors, options);
             (Arc::new(acceptor), Address::Paths(locals))
         }
         Address::Unix(_) | Address::File(_) if interface.is_some() => {
@@ -217,6 +256,7 @@ impl Means<'_> {
                     None => identity,
                 })
             }
+            (None, None) if to.is_within_this_host() => Err(LinkError::NoIdentityHere(to.clone()).into()),
             (None, None) => Err(LinkError::NoIdentity(to.clone()).into()),
         }
     }
@@ -279,16 +319,4 @@ fn sources(binds: &[IpAddr], paths: usize) -> Result<Vec<Option<IpAddr>>, LinkEr
         all if all.len() == paths => Ok(all.iter().copied().map(Some).collect()),
         all => Err(LinkError::Binds { binds: all.len(), paths }),
     }
-}
-
-/// A path that is dead must be noticed while there is time to go on over another.
-fn path_timeout(peer_timeout: Duration) -> Duration {
-    (peer_timeout / 4).min(Duration::from_secs(3))
-}
-
-fn path_options(peer_timeout: Duration) -> PathOptions {
-    let mut options = PathOptions::default();
-    options.give_up_after = peer_timeout * 4 / 5;
-    options.redial_timeout = path_timeout(peer_timeout);
-    options
 }

@@ -97,8 +97,10 @@ fn take_in(
     let ask = |session| destination.settle(guest, Arc::clone(acceptor), operator.control(), session);
     let result = settle(result, arrival.linger, operator, screen, ask);
     let mut report = FinalReport::new(arrival.role, &result);
-    if report.owner == Owner::Source && !guest.was_offered() {
-        report.owner = Owner::Nobody;
+    match (report.owner, arrival.role) {
+        (Owner::Source, Role::Restore) => report.owner = Owner::File,
+        (Owner::Source, _) if !guest.was_offered() => report.owner = Owner::Nobody,
+        _ => {}
     }
     report.charge(&cost);
     report

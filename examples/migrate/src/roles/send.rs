@@ -34,6 +34,8 @@ pub(super) fn send(options: &SendOptions) -> ExitStatus {
 fn try_send(options: &SendOptions, screen: &Arc<Screen>) -> Result<ExitStatus, VmError> {
     // What cannot be is said before a guest is started.
     let SendOptions { to, lane, security, limits, .. } = options;
+    let paired = options.pairing_file.as_ref().map(|path| links::with_pairing_of(to, path)).transpose()?;
+    let to = paired.as_ref().unwrap_or(to);
     let dialer = match to {
         Address::File(path) if lane.names_no_network() => file_dialer(path, false, limits)?,
         _ => links::dialer(to, lane, security, limits.peer_timeout, screen)?,

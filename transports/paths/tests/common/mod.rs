@@ -87,11 +87,12 @@ fn pass_on(mut from: TcpStream, mut to: TcpStream, shared: &Shared) {
 
 /// Two paths, each through a relay.
 pub fn over_relays(options: &PathOptions) -> (Joined, Vec<Relay>) {
-    let acceptors = [(); 2].map(|()| TcpAcceptor::bind("127.0.0.1:0", TcpOptions::default()).unwrap());
+    let mut tcp = TcpOptions::default();
+    tcp.dead_peer_after = options.dead_path_after();
+    let acceptors = [(); 2].map(|()| TcpAcceptor::bind("127.0.0.1:0", tcp.clone()).unwrap());
     let relays: Vec<_> = acceptors.iter().map(|acceptor| Relay::new(acceptor.local_addr())).collect();
-    let dialers = relays
-        .iter()
-        .map(|relay| Arc::new(TcpDialer::new(relay.address.to_string(), TcpOptions::default())) as Arc<dyn Dialer>);
+    let dialers =
+        relays.iter().map(|relay| Arc::new(TcpDialer::new(relay.address.to_string(), tcp.clone())) as Arc<dyn Dialer>);
     let acceptors = acceptors.map(|acceptor| Arc::new(acceptor) as Arc<dyn Acceptor>);
     let dialer = PathsDialer::new(dialers, options.clone());
     (Joined::new(dialer, PathsAcceptor::new(acceptors, options.clone())), relays)
