@@ -189,7 +189,8 @@ mod tests {
 
     #[test]
     fn impossible_sizes_and_foreign_descriptions_are_refused() {
-        let start = |memory, backing, tracking| ProcessGuest::start(memory, backing, tracking, params(Writes::Few), None);
+        let start =
+            |memory, backing, tracking| ProcessGuest::start(memory, backing, tracking, params(Writes::Few), None);
         assert!(start(4095, Backing::Anonymous, Tracking::Kernel).is_err());
         let mut destination = ArrivingProcessGuest::new(Backing::Anonymous, false);
         let layout = ram::Ram::layout(MEMORY).unwrap();
