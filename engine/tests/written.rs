@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use common::direct::{Call, DirectAcceptor, DirectDialer, Known, Meddler, Moment, PAGE};
+use common::direct::{Call, DirectAcceptor, DirectDialer, Held, Known, Meddler, Moment, PAGE};
 use common::{Guest, Room, Shared, content};
 use pageferry::batch::{Batch, Phase};
 use pageferry::digest::{DigestKey, HashTable, PageHasher};
@@ -149,6 +149,36 @@ fn pages_that_became_equal_are_not_copied_from_one_that_is_not_certain() {
     // So slow that duplicates are looked for.
     slow.bandwidth = Some(8 << 20);
     moves(&mut guest, Known { meddler: Some(meddler), ..Known::default() }, slow);
+}
+
+#[test]
+fn pages_that_were_given_back_while_a_device_held_them_arrive_as_they_are() {
+    let mut guest = Guest::new(2000, None);
+    let (shared, held) = (guest.shared.clone(), Held::default());
+    let holding = held.clone();
+    let meddler: Meddler = Arc::new(move |region, offset, moment| {
+        let page = offset / PAGE;
+        let mut holding = holding.lock().unwrap();
+        let meddles = !page.is_multiple_of(4) && !holding.contains_key(&(region, offset)) && *shared.running();
+        if moment == Moment::Before || !meddles {
+            return;
+        }
+        let mut bytes = [0; PAGE as usize];
+        shared.memory.read(region, offset, &mut bytes).unwrap();
+        holding.insert((region, offset), bytes);
+        shared.memory.discard(region, page..page + 1).unwrap();
+        shared.log.mark_zeroed(region, page..page + 1);
+        // Some are used again at once.
+        if page.is_multiple_of(2) {
+            shared.memory.write(region, offset + 99, &page.to_le_bytes()).unwrap();
+            shared.log.mark(region, page..page + 1);
+        }
+    });
+    // So slow that what was given back and used again is sent while the guest runs.
+    let mut slow = config(2);
+    (slow.bandwidth, slow.downtime_limit) = (Some(8 << 20), Duration::from_millis(20));
+    let (_, _, known) = moves(&mut guest, Known { meddler: Some(meddler), held, ..Known::default() }, slow);
+    assert!(known.held.lock().unwrap().len() > 100);
 }
 
 #[test]

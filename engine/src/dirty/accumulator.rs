@@ -3,9 +3,10 @@
 //! `dirty` to `in_flight` when the page is planned, and comes back if the round is abandoned.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::bitmap::for_each_word;
-use super::{DirtySink, PageBitmap};
+use super::{DirtySink, PageBitmap, PageSet};
 use crate::memory::{Layout, RegionId, Transfer};
 use crate::units::{PAGE_SIZE, PAGES_PER_WORD, PageNumber, PageRun};
 
@@ -22,14 +23,16 @@ pub struct Accumulator {
     rewritten: PageBitmap,
     /// Sent in the last round, and in the one before.
     sent: [PageBitmap; 2],
+    given_back: Arc<PageSet>,
 }
 
 impl Accumulator {
     /// Nothing dirty, nothing in flight.
     pub fn new(layout: Layout) -> Self {
         let none = || PageBitmap::new(layout.page_space());
+        let given_back = Arc::new(PageSet::new(layout.page_space()));
         let (dirty, in_flight, watched, rewritten, sent) = (none(), none(), none(), none(), [none(), none()]);
-        Self { layout, dirty, in_flight, watched, rewritten, sent }
+        Self { layout, dirty, in_flight, watched, rewritten, sent, given_back }
     }
 
     /// The layout whose pages these are.
@@ -45,6 +48,11 @@ impl Accumulator {
     /// Pages planned and not yet acknowledged.
     pub fn in_flight_pages(&self) -> u64 {
         self.in_flight.count()
+    }
+
+    /// Every page that was ever reported as given back (R9).
+    pub fn given_back(&self) -> &Arc<PageSet> {
+        &self.given_back
     }
 
     /// The dirty pages themselves.
@@ -159,7 +167,11 @@ impl DirtySink for Accumulator {
 
     fn mark_zeroed(&mut self, region: RegionId, pages: Range<u64>) {
         // The page reads as zeros now: sent as any other change, it costs a few bytes of record.
-        self.mark_range(region, pages);
+        self.mark_range(region, pages.clone());
+        if let Some(all) = self.travelling(region) {
+            (pages.start..pages.end.min(all.count))
+                .for_each(|page| self.given_back.insert(PageNumber(all.first.0 + page)));
+        }
     }
 }
 
@@ -188,6 +200,20 @@ mod tests {
         acc.mark_words(RegionId(9), 0, &[!0]);
         acc.mark_range(RegionId(0), 69..1000);
         assert_eq!(acc.dirty_pages(), 6);
+    }
+
+    #[test]
+    fn pages_that_were_given_back_are_dirty_and_remembered() {
+        let mut acc = accumulator();
+        acc.mark_range(RegionId(0), 3..4);
+        acc.mark_zeroed(RegionId(0), 60..99);
+        acc.mark_zeroed(RegionId(1), 0..8);
+        acc.mark_zeroed(RegionId(2), 0..1);
+        acc.take_word(0, !0);
+        acc.acknowledge();
+        let remembered: Vec<u64> = (0..256).filter(|&page| acc.given_back().contains(PageNumber(page))).collect();
+        assert_eq!(remembered, (60..70).chain([192]).collect::<Vec<_>>());
+        assert_eq!(dirty(&acc), [64, 65, 66, 67, 68, 69, 192]);
     }
 
     #[test]

@@ -3,10 +3,12 @@
 
 mod accumulator;
 mod bitmap;
+mod page_set;
 mod write_log;
 
 pub use accumulator::Accumulator;
 pub use bitmap::PageBitmap;
+pub use page_set::PageSet;
 pub use write_log::WriteLog;
 
 use std::ops::Range;
@@ -59,7 +61,8 @@ pub trait DirtySink {
     /// Guest-physical bytes, as vhost-user and VFIO report them. What lies in no region is ignored.
     fn mark_gpa(&mut self, guest_address: u64, len: u64);
 
-    /// Pages that were given back and read as zeros now (balloon, discard): no tracker sees that (R9).
+    /// Pages that were given back and read as zeros now (balloon, discard): no tracker sees that (R9). Report it after it
+    /// was done. From then on the page's content travels through the engine, never straight from guest memory.
     fn mark_zeroed(&mut self, region: RegionId, pages: Range<u64>);
 }
 

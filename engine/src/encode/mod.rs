@@ -15,7 +15,6 @@ mod choice;
 mod duplicates;
 mod output;
 mod pack;
-mod unsure;
 
 pub use bases::Bases;
 pub use choice::{Choice, LevelChooser, Trial};
@@ -23,7 +22,6 @@ pub use duplicates::DuplicateIndex;
 pub(crate) use output::checksum;
 pub use output::{EncodedBatch, Tally};
 pub use pack::{Level, MAX_LEVEL, MIN_LEVEL};
-pub use unsure::PageSet;
 
 use std::sync::Arc;
 use std::time::Instant;
@@ -31,6 +29,7 @@ use std::time::Instant;
 use crate::batch::{Batch, Phase};
 use crate::delta;
 use crate::digest::{Digest, HashTable, PageHash, PageHasher};
+use crate::dirty::PageSet;
 use crate::memory::{GuestMemory, MemoryError, PageReader, Transfer};
 use crate::pattern::repeated_word;
 use crate::units::{PAGE_SIZE, PageNumber, PageRun};
@@ -51,6 +50,9 @@ pub struct Shared {
     pub bases: Bases,
     /// Pages that were last written straight from guest memory: what the destination holds of them is not certain.
     pub unsure: PageSet,
+    /// Pages that the guest has given back since the migration began: never written straight from guest memory, because a
+    /// device that holds memory down still reads the page that was there before.
+    pub given_back: Arc<PageSet>,
 }
 
 impl Shared {
@@ -58,14 +60,20 @@ impl Shared {
     pub fn new(table: Arc<HashTable>, pages: u64, config: &crate::config::EncodeConfig) -> Self {
         let duplicates = config.duplicates.then(|| DuplicateIndex::new(pages));
         let bases = Bases::new(config.delta_cache.min(table.page_space() * PAGE_SIZE as u64));
-        let unsure = PageSet::new(table.page_space());
-        Self { table, duplicates, bases, unsure }
+        Self { duplicates, bases, ..Self::plain(table) }
     }
 
     /// Nothing sent yet, and no references to what was: pages are zero, unchanged, patterns or literals.
     pub fn plain(table: Arc<HashTable>) -> Self {
-        let unsure = PageSet::new(table.page_space());
-        Self { table, duplicates: None, bases: Bases::new(0), unsure }
+        let (unsure, given_back) = (PageSet::new(table.page_space()), Arc::new(PageSet::new(table.page_space())));
+        Self { table, duplicates: None, bases: Bases::new(0), unsure, given_back }
+    }
+
+    /// Learns from there which pages the guest gives back.
+    #[must_use]
+    pub fn with_given_back(mut self, pages: &Arc<PageSet>) -> Self {
+        self.given_back = Arc::clone(pages);
+        self
     }
 }
 
@@ -308,7 +316,7 @@ impl Worker<'_> {
         bytes: &[u8; PAGE_SIZE],
         out: &mut EncodedBatch,
     ) -> Kept {
-        let Shared { table, unsure, .. } = self.shared;
+        let Shared { table, unsure, given_back, .. } = self.shared;
         let before = table.load(page);
         // Whatever is done with the page but writing it, the destination's content is certain afterwards.
         let known = !unsure.remove(page);
@@ -338,7 +346,7 @@ impl Worker<'_> {
             return Kept::Elsewhere;
         }
         out.tally.stages.literal_pages += 1;
-        if self.direct {
+        if self.direct && !given_back.contains(page) {
             unsure.insert(page);
             out.note(page, Coding::Written, hash, table.swap(page, hash));
             return Kept::Elsewhere;

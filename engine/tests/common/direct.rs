@@ -1,5 +1,6 @@
 //! A one-sided transport within this process.
 
+use std::collections::HashMap;
 use std::io::{self, IoSlice};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -46,7 +47,12 @@ pub struct Known {
     pub written: AtomicU64,
     pub refuses: bool,
     pub meddler: Option<Meddler>,
+    /// What a device still sees of pages that it holds and that the guest has given back.
+    pub held: Held,
 }
+
+/// Contents of pages, as a device sees them.
+pub type Held = Arc<Mutex<HashMap<(RegionId, u64), [u8; PAGE as usize]>>>;
 
 impl Default for Known {
     fn default() -> Self {
@@ -60,6 +66,7 @@ impl Default for Known {
             written: AtomicU64::new(0),
             refuses: false,
             meddler: None,
+            held: Held::default(),
         }
     }
 }
@@ -150,7 +157,10 @@ impl LaneSender for DirectSender {
                 };
                 let mut page = [0; PAGE as usize];
                 meddle(Moment::Before);
-                from.read(run.region, offset, &mut page).map_err(io::Error::other)?;
+                match self.1.held.lock().unwrap().get(&(run.region, offset)) {
+                    Some(held) => page = *held,
+                    None => from.read(run.region, offset, &mut page).map_err(io::Error::other)?,
+                }
                 to.write(run.region, offset, &page).map_err(io::Error::other)?;
                 meddle(Moment::After);
                 self.1.written.fetch_add(1, Ordering::SeqCst);

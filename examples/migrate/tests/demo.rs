@@ -41,6 +41,26 @@ fn whole_pages_at_full_speed_over_several_lanes_arrive_whole() {
 }
 
 #[test]
+fn a_process_guest_arrives_whole_whoever_tracks_its_writes() {
+    let load = "--writes full --rate max --working-set 8M --lanes 2 --verify full --downtime-limit 2s";
+    for tracker in ["auto", "faults"] {
+        for load in ["--rate 50M/s", load] {
+            let ended = run(&format!("demo --guest process --tracker {tracker} {SMALL} {load}"));
+            assert_eq!(ended.code, 0, "{tracker}: {}", ended.stderr);
+            assert_proven(ended.report());
+        }
+    }
+}
+
+#[test]
+fn a_guest_whose_faults_were_tracked_goes_on_where_it_was() {
+    let ended =
+        run(&format!("demo --guest process --tracker faults {SMALL} --rate max --timeout 100ms --bandwidth 10Mbit/s"));
+    assert_ne!(ended.code, 0);
+    assert_guest_is_well_at_the_source(ended.report());
+}
+
+#[test]
 fn the_report_is_complete_and_its_numbers_agree() {
     let ended = run(&format!("demo --guest process {SMALL}"));
     let report = ended.report();

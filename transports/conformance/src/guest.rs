@@ -33,6 +33,17 @@ pub struct Guest {
 impl Guest {
     /// A guest of so many pages; its thread writes one every `interval`, if there is any.
     pub fn new(pages: u64, interval: Option<Duration>) -> Self {
+        Self::with_writer(pages, interval, false)
+    }
+
+    /// The same guest; its thread keeps to the first quarter of memory, gives every other page back to the host in place of writing it,
+    /// which it does the next time, and comes to rest after sixteen times each.
+    pub fn giving_back(pages: u64, interval: Duration) -> Self {
+        Self::with_writer(pages, Some(interval), true)
+    }
+
+    fn with_writer(pages: u64, interval: Option<Duration>, gives_back: bool) -> Self {
+        let writable = if gives_back { pages / 4 } else { pages };
         let layout = Layout::new(vec![Region::ram("ram", 0, pages * PAGE)]).expect("one region is a layout");
         let memory = Arc::new(MappedMemory::new(layout.clone(), Backing::Anonymous).expect("there is memory"));
         for page in 0..pages {
@@ -54,7 +65,7 @@ impl Guest {
         let shared = Arc::new(shared);
         let writer = interval.map(|interval| {
             let shared = Arc::clone(&shared);
-            std::thread::spawn(move || shared.write_on(pages, interval))
+            std::thread::spawn(move || shared.write_on(writable, interval, gives_back))
         });
         Self { shared, log, writer }
     }
@@ -80,14 +91,20 @@ impl Guest {
 }
 
 impl Shared {
-    fn write_on(&self, pages: u64, interval: Duration) {
+    fn write_on(&self, pages: u64, interval: Duration, gives_back: bool) {
         while !self.ended.load(Ordering::SeqCst) {
             let running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-            if *running {
+            let rests = gives_back && self.writes.load(Ordering::SeqCst) >= 16 * pages;
+            if *running && !rests {
                 let number = self.writes.fetch_add(1, Ordering::SeqCst);
                 let page = number.wrapping_mul(7919) % pages;
-                self.memory.write(RegionId(0), page * PAGE, &number.to_le_bytes()).expect("inside the region");
-                self.log.mark(RegionId(0), page..page + 1);
+                if gives_back && (number + number / pages).is_multiple_of(2) {
+                    self.memory.discard(RegionId(0), page..page + 1).expect("inside the region");
+                    self.log.mark_zeroed(RegionId(0), page..page + 1);
+                } else {
+                    self.memory.write(RegionId(0), page * PAGE, &number.to_le_bytes()).expect("inside the region");
+                    self.log.mark(RegionId(0), page..page + 1);
+                }
             }
             drop(running);
             std::thread::sleep(interval);

@@ -74,6 +74,7 @@ macro_rules! suite {
         $crate::cases!($join, $missing, migrations:
             a_guest_moves_with_as_many_lanes_as_there_are,
             a_guest_that_writes_moves_with_every_page,
+            a_guest_that_gives_memory_back_moves_with_every_page,
             a_capped_migration_arrives,
             a_cancelled_guest_stays_and_can_move_again,
             a_cut_lane_leaves_one_owner,

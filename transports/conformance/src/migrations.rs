@@ -68,6 +68,16 @@ pub fn a_guest_that_writes_moves_with_every_page(join: fn() -> Joined) {
     moves(&joined, &mut Guest::new(PAGES, Some(Duration::from_micros(50))), config(3));
 }
 
+/// Memory that is given back (by a balloon) and used again after it was sent, so slowly that it is sent again while the guest
+/// runs; and as it is, straight from memory where the transport can.
+pub fn a_guest_that_gives_memory_back_moves_with_every_page(join: fn() -> Joined) {
+    let joined = join();
+    let mut config = config(2);
+    (config.bandwidth, config.downtime_limit) = (Some(2 << 20), Duration::from_millis(100));
+    config.encode.compress = Compress::Off;
+    moves(&joined, &mut Guest::giving_back(PAGES / 2, Duration::from_micros(50)), config);
+}
+
 /// The cap holds over all lanes, so the transport is never in a hurry.
 pub fn a_capped_migration_arrives(join: fn() -> Joined) {
     let mut config = config(2);

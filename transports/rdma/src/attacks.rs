@@ -12,7 +12,8 @@ use pageferry_conformance::skips;
 use crate::failure::LaneFailure;
 use crate::halves::RdmaLane;
 use crate::message::{Answer, Ask, Grant, Kind, PREFIX, Refusal};
-use crate::verbs::{Access, Place, Remote, Window};
+use crate::registered::{Access, Window};
+use crate::verbs::{Place, Remote};
 use crate::{RdmaAcceptor, RdmaDialer, RdmaOptions};
 
 const LEN: u64 = 8 << 20;
@@ -76,7 +77,7 @@ impl Victim {
         let LaneHalves { mut receiver, .. } = halves;
         let heard = std::thread::spawn(move || receive(&mut receiver));
         let memory: Arc<dyn GuestMemory> = Arc::new(MappedMemory::new(layout(), Backing::Anonymous).unwrap());
-        let window = lane.core().queue().open_window(&memory, RegionId(0), 0, 1 << 20, Access::Read).unwrap();
+        let window = lane.core().queue().domain().open_window(&memory, RegionId(0), 0, 1 << 20, Access::Read).unwrap();
         Attacker { lane, heard, window }
     }
 

@@ -8,7 +8,8 @@ use pageferry::transport::{DirectRun, Lane, LaneCloser, LaneHalves, LaneReceiver
 use pageferry::wire::{FrameBuffer, HEADER_LEN};
 
 use crate::failure::LaneFailure;
-use crate::lane::{Arrived, Core};
+use crate::lane::Core;
+use crate::ledger::Arrived;
 use crate::message::{Kind, PREFIX, SLOT};
 use crate::verbs::Place;
 use crate::windows::{Exposure, Extent, Granted, Writer};

@@ -7,69 +7,23 @@
 //! A slot at the peer costs a credit; credits come back with whatever is sent, or in a message of their own when half of them
 //! are due. Messages that cannot wait for a credit have reserved slots: see [`RESERVED_SLOTS`](crate::message::RESERVED_SLOTS).
 
-use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crate::cm::{Event, Id};
 use crate::failure::{ConnectFailure, LaneFailure};
+use crate::ledger::{Arrived, Awaited, Ledger};
 use crate::message::{Answer, Ask, Hello, Kind, PREFIX, SMALL, decode, encode};
 use crate::plan::Rings;
+use crate::registered::Window;
 use crate::sys::{Flag, wait_readable};
-use crate::verbs::{CELLS, Completion, Place, Queue, Remote, Sizes, Status, Window};
+use crate::verbs::{CELLS, Completion, Place, Queue, Remote, Sizes, Status};
 
 /// Writes into the peer's memory that may be under way at once: with whole pages, as much as a ring holds.
 const WRITES: u32 = 64;
 
-/// Work that the device may do without saying that it is done. No ring of slots is shorter.
-const QUIET: u32 = 4;
-
 /// Time that the end of a lane may take to reach the peer.
 const FAREWELL: Duration = Duration::from_secs(2);
-
-/// A message that waits for the receiving half.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Arrived {
-    pub(crate) slot: u16,
-    pub(crate) len: usize,
-    pub(crate) kind: Kind,
-}
-
-/// The answer to this side's question.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-enum Awaited {
-    Nothing,
-    Answer,
-    Here(Answer),
-}
-
-/// What one lane is at the moment.
-struct State {
-    /// Slots at the peer that may be sent to, and all there are.
-    credits: u16,
-    credits_most: u16,
-    /// Numbers of the last work given to the device, of the last that is done, and of the last whose end it will tell.
-    posted: u64,
-    done: u64,
-    told: u64,
-    /// The work that last used each slot and cell.
-    slots: Vec<u64>,
-    cells: [u64; CELLS],
-    /// Slots of ours that the peer may use again, and does not know of.
-    owed: u16,
-    arrived: VecDeque<Arrived>,
-    answer: Awaited,
-    /// What the peer asked is answered so; it waits for a cell.
-    reply: Option<Answer>,
-    /// The peer said that this was all.
-    ended: bool,
-    /// This side did.
-    farewell: bool,
-    failure: Option<LaneFailure>,
-    /// A thread sleeps on the descriptors.
-    watched: bool,
-    last_sign: Instant,
-}
 
 /// What the parts of a lane share.
 pub(crate) struct Core {
@@ -78,7 +32,7 @@ pub(crate) struct Core {
     rings: Rings,
     probe_after: Duration,
     peer: String,
-    state: Mutex<State>,
+    state: Mutex<Ledger>,
     changed: Condvar,
 }
 
@@ -92,32 +46,13 @@ impl Core {
         for slot in 0..sizes.receive_slots {
             queue.post_receive(slot).map_err(host)?;
         }
-        let state = State {
-            credits: 0,
-            credits_most: 0,
-            posted: 0,
-            done: 0,
-            told: 0,
-            slots: vec![0; usize::from(rings.send_slots)],
-            cells: [0; CELLS],
-            owed: 0,
-            arrived: VecDeque::new(),
-            answer: Awaited::Nothing,
-            reply: None,
-            ended: false,
-            farewell: false,
-            failure: None,
-            watched: false,
-            last_sign: Instant::now(),
-        };
-        let (state, changed) = (Mutex::new(state), Condvar::new());
+        let (state, changed) = (Mutex::new(Ledger::new(rings)), Condvar::new());
         Ok(Self { queue, flag: Flag::new().map_err(host)?, rings, probe_after, peer, state, changed })
     }
 
     /// What the peer has said of itself.
     pub(crate) fn meet(&self, hello: Hello) {
-        let mut state = self.lock();
-        (state.credits, state.credits_most) = (hello.credits, hello.credits);
+        self.lock().meet(hello.credits);
     }
 
     pub(crate) fn peer(&self) -> &str {
@@ -128,7 +63,7 @@ impl Core {
         &self.queue
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, Ledger> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -137,9 +72,9 @@ impl Core {
     /// Waits until `ready` has something to say, which is asked again whenever the lane has moved on.
     fn wait<'a, T>(
         &'a self,
-        mut state: MutexGuard<'a, State>,
-        mut ready: impl FnMut(&mut State) -> Option<Result<T, LaneFailure>>,
-    ) -> (MutexGuard<'a, State>, Result<T, LaneFailure>) {
+        mut state: MutexGuard<'a, Ledger>,
+        mut ready: impl FnMut(&mut Ledger) -> Option<Result<T, LaneFailure>>,
+    ) -> (MutexGuard<'a, Ledger>, Result<T, LaneFailure>) {
         loop {
             self.move_on(&mut state);
             if let Some(found) = ready(&mut state) {
@@ -164,7 +99,7 @@ impl Core {
     }
 
     /// Sleeps until something happens on the lane.
-    fn watch<'a>(&'a self, mut state: MutexGuard<'a, State>) -> MutexGuard<'a, State> {
+    fn watch<'a>(&'a self, mut state: MutexGuard<'a, Ledger>) -> MutexGuard<'a, Ledger> {
         state.watched = true;
         drop(state);
         // A failure here is one of the arguments, which are ours: the next look finds out.
@@ -184,7 +119,7 @@ impl Core {
     }
 
     /// Asks the peer's device for a sign of life, when there was none for long.
-    fn probe(&self, state: &mut State) {
+    fn probe(&self, state: &mut Ledger) {
         if state.last_sign.elapsed() < self.probe_after || state.failure.is_some() || state.told > state.done {
             return;
         }
@@ -196,7 +131,7 @@ impl Core {
     }
 
     /// Takes in what happened to the connection.
-    fn hear_events(&self, state: &mut State) {
+    fn hear_events(&self, state: &mut Ledger) {
         while let Ok(Some(event)) = self.queue.id().next_event() {
             if matches!(event, Event::Disconnected | Event::Failed(_) | Event::Rejected(..)) {
                 // The end, if it was sent, was acknowledged before: it is here.
@@ -207,7 +142,7 @@ impl Core {
     }
 
     /// Takes in what the device has done, and sends what is due. Says whether there was anything.
-    fn move_on(&self, state: &mut State) -> bool {
+    fn move_on(&self, state: &mut Ledger) -> bool {
         let mut any = false;
         loop {
             match self.queue.poll(&mut |completion| self.complete(state, completion)) {
@@ -229,7 +164,7 @@ impl Core {
         any
     }
 
-    fn complete(&self, state: &mut State, completion: Completion) {
+    fn complete(&self, state: &mut Ledger, completion: Completion) {
         match completion {
             Completion::Done(number) => state.done = state.done.max(number),
             Completion::Received { slot, len } => {
@@ -248,27 +183,12 @@ impl Core {
         }
     }
 
-    fn take_in(&self, state: &mut State, slot: u16, len: usize) -> Result<(), LaneFailure> {
+    fn take_in(&self, state: &mut Ledger, slot: u16, len: usize) -> Result<(), LaneFailure> {
         let mut bytes = [0; SMALL];
         self.queue.get(slot, 0, &mut bytes);
         let (kind, credits) = decode(&bytes, len).map_err(|malformed| LaneFailure::Protocol(malformed.0))?;
-        state.credits = state
-            .credits
-            .checked_add(credits)
-            .filter(|&sum| sum <= state.credits_most)
-            .ok_or(LaneFailure::Protocol("more credits than it has slots"))?;
-        match kind {
-            Kind::Fragment { .. } | Kind::Ask(_) if state.arrived.len() >= usize::from(self.rings.credits) => {
-                return Err(LaneFailure::Protocol("more messages than it has credits"));
-            }
-            Kind::Fragment { .. } | Kind::Ask(_) => {
-                state.arrived.push_back(Arrived { slot, len, kind });
-                return Ok(());
-            }
-            Kind::Credits => {}
-            Kind::End => state.ended = true,
-            Kind::Answer(answer) if state.answer == Awaited::Answer => state.answer = Awaited::Here(answer),
-            Kind::Answer(_) => return Err(LaneFailure::Protocol("an answer to nothing")),
+        if state.take_in(Arrived { slot, len, kind }, credits)? {
+            return Ok(());
         }
         self.queue.post_receive(slot).map_err(|_| LaneFailure::BrokenOff)
     }
@@ -276,7 +196,7 @@ impl Core {
     // Sending.
 
     /// Sends what needs no credit: answers, and credits if half of them are due.
-    fn send_due(&self, state: &mut State) {
+    fn send_due(&self, state: &mut Ledger) {
         if let Some(reply) = state.reply
             && self.send_small(state, Kind::Answer(reply))
         {
@@ -288,7 +208,7 @@ impl Core {
     }
 
     /// Sends a small message if a cell is free; it says so.
-    fn send_small(&self, state: &mut State, kind: Kind) -> bool {
+    fn send_small(&self, state: &mut Ledger, kind: Kind) -> bool {
         // One is kept for the end, which must not wait.
         let cells = if kind == Kind::End { CELLS } else { CELLS - 1 };
         let Some(cell) = state.cells[..cells].iter().position(|&last| last <= state.done) else { return false };
@@ -326,7 +246,7 @@ impl Core {
 
     fn send_from(
         &self,
-        state: &mut State,
+        state: &mut Ledger,
         slot: u16,
         kind: Kind,
         payload: usize,
@@ -411,7 +331,7 @@ impl Core {
     }
 
     /// Says that nothing more comes, once; if the device takes it, it arrives after all else.
-    fn say_farewell(&self, state: &mut State) {
+    fn say_farewell(&self, state: &mut Ledger) {
         if !std::mem::replace(&mut state.farewell, true) && state.failure.is_none() {
             self.send_small(state, Kind::End);
         }
@@ -505,36 +425,5 @@ impl Drop for Core {
         self.close();
         self.linger();
         self.queue.id().disconnect();
-    }
-}
-
-impl State {
-    /// The first failure is the cause; others follow from it.
-    fn fail(&mut self, failure: LaneFailure) {
-        self.failure.get_or_insert(failure);
-    }
-
-    /// Why nothing more can be sent or will come.
-    fn over(&self) -> Option<LaneFailure> {
-        match self.failure {
-            _ if self.ended => Some(LaneFailure::Closed),
-            _ if self.farewell => Some(LaneFailure::ClosedHere),
-            failure => failure,
-        }
-    }
-
-    /// A number for new work.
-    fn next(&mut self, signaled: bool) -> u64 {
-        self.posted += 1;
-        if signaled {
-            self.told = self.posted;
-        }
-        self.posted
-    }
-
-    /// A number for new work, and whether its end is to be told: now and then it must.
-    fn next_maybe(&mut self, signaled: bool) -> (u64, bool) {
-        let signaled = signaled || self.posted + 1 - self.told >= u64::from(QUIET);
-        (self.next(signaled), signaled)
     }
 }

@@ -15,7 +15,8 @@ use crate::failure::{ConnectFailure, LaneFailure, WriteFailure};
 use crate::lane::Core;
 use crate::message::{Answer, Ask, Grant, Refusal};
 use crate::plan::locked_memory_limit;
-use crate::verbs::{Access, Queue, Remote, Window, WindowFailure};
+use crate::registered::{Access, Window, WindowFailure};
+use crate::verbs::{Queue, Remote};
 
 /// Bytes of one write: long enough to cost nothing beside its bytes, short enough that what is under way is little.
 const LONGEST_WRITE: u64 = 1 << 20;
@@ -127,6 +128,7 @@ impl Exposure {
             return Err(Refusal::TooMany);
         }
         let window = queue
+            .domain()
             .open_window(&memory, ask.region, start, len, Access::PeerWrites)
             .map_err(|failure| failure.refusal())?;
         let (address, key) = window.address_and_key();
@@ -343,7 +345,7 @@ impl Writer {
         }
         let out_of_bounds = || WriteFailure::OutOfBounds { region: region.0, offset, len: 1 };
         let (start, len) = self.extent.around(&**memory, region, offset).ok_or_else(out_of_bounds)?;
-        let window = core.queue().open_window(memory, region, start, len, Access::Read);
+        let window = core.queue().domain().open_window(memory, region, start, len, Access::Read);
         let window = window.map_err(|failure| match failure {
             WindowFailure::OutOfBounds => out_of_bounds(),
             WindowFailure::Host { wanted, error } => {

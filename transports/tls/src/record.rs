@@ -441,7 +441,7 @@ mod tests {
         let said = refused(&mut |sealer, outgoing| sealer.record(0, &[0; 9], outgoing).unwrap());
         assert!(said.contains("padding alone"), "{said}");
         let said =
-            refused(&mut |sealer, outgoing| sealer.record(APPLICATION_DATA, &[0; RECORD + 1], outgoing).unwrap());
+            refused(&mut |sealer, outgoing| sealer.record(APPLICATION_DATA, &vec![0; RECORD + 1], outgoing).unwrap());
         assert_eq!(said, Error::PeerSentOversizedRecord.to_string());
         let said = refused(&mut |_, outgoing| {
             outgoing.room(HEADER).copy_from_slice(&[OUTER_TYPE, 3, 3, 0xff, 0xff]);

@@ -50,7 +50,7 @@ impl Preset {
             },
             Self::Paper => Parts {
                 name: "paper",
-                links: vec![link("1gbit", 3, 60), link("100mbit", 1, 120)],
+                links: vec![link("1gbit", 3, 60), link("100mbit", 1, 100)],
                 guests: &["idle", "few20", "full60", "full200"],
                 beside_copy: &["random-idle"],
                 mebibytes: 1024,

@@ -343,7 +343,8 @@ impl<'a> Driver<'a> {
 
     /// Starts the encoders of a guest with so many pages of content; `false` if that failed and was told.
     fn start_encoders(&mut self, pages: u64) -> bool {
-        let shared = Arc::new(Shared::new(Arc::clone(&self.table), pages, &self.config.encode));
+        let shared = Shared::new(Arc::clone(&self.table), pages, &self.config.encode);
+        let shared = Arc::new(shared.with_given_back(self.dirty.given_back()));
         let parts = EncoderParts {
             memory: Arc::clone(&self.memory),
             hasher: self.hasher.clone(),

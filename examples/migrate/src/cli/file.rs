@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use clap::Args;
 
-use super::{Encoding, GuestOptions, Lane, Limits, Linger, Moment, Output, PlaceOptions};
+use super::{Encoding, GuestOptions, Lane, Limits, Linger, Moment, Output, PlaceOptions, Rdma};
 
 pub(super) const SAVE_EXAMPLES: &str = "\
 Examples:
@@ -55,7 +55,8 @@ impl SaveOptions {
     /// The lanes to the file.
     pub(crate) fn lane(&self) -> Lane {
         let cores = || std::thread::available_parallelism().map_or(1, |cores| cores.get().min(4) as u16);
-        Lane { lanes: self.lanes.unwrap_or_else(cores), bind: Vec::new(), tls_name: None, interface: None }
+        let lanes = self.lanes.unwrap_or_else(cores);
+        Lane { lanes, bind: Vec::new(), tls_name: None, interface: None, rdma: Rdma::default() }
     }
 }
 

@@ -7,6 +7,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::units::{UnitError, rate, show_bytes, show_count, show_rate, size};
+use crate::process_guest::Tracking;
 use crate::workload::params::{self as workload, Mix, Params, Rate};
 
 const DEFAULT_MEMORY: u64 = 1 << 30;
@@ -20,6 +21,9 @@ pub(crate) struct GuestOptions {
     /// What runs the guest; `auto` takes KVM where the host has it
     #[arg(long, value_name = "KIND", value_enum, default_value_t)]
     pub(crate) guest: GuestKind,
+    /// Who keeps the record of the pages that a process guest writes; `auto` leaves it to the kernel where it can
+    #[arg(long, value_name = "WHO", value_enum, default_value_t)]
+    pub(crate) tracker: Tracker,
     /// Memory of the guest; without it, 1G or what the image needs
     #[arg(long, value_name = "SIZE", value_parser = size)]
     pub(crate) memory: Option<u64>,
@@ -117,6 +121,29 @@ pub(crate) enum GuestKind {
     Kvm,
     /// Threads of this program that write a memory mapping
     Process,
+}
+
+/// Who keeps the record of the pages written.
+#[derive(ValueEnum, Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub(crate) enum Tracker {
+    /// The kernel, or this program where the kernel is older than Linux 6.7
+    #[default]
+    Auto,
+    /// The kernel
+    Kernel,
+    /// This program: the first write to a page is a fault that it handles (Linux 5.19)
+    Faults,
+}
+
+impl Tracker {
+    /// The choice on this host.
+    pub(crate) fn tracking(self) -> Tracking {
+        match self {
+            Self::Auto => Tracking::of_this_host(),
+            Self::Kernel => Tracking::Kernel,
+            Self::Faults => Tracking::Faults,
+        }
+    }
 }
 
 /// What the guest's writes change.

@@ -6,6 +6,7 @@ use std::time::Duration;
 use clap::{Args, ValueEnum};
 use pageferry::config::SourceConfig;
 
+use super::Rdma;
 use super::units::{duration, rate};
 
 /// What the migration may cost.
@@ -54,6 +55,8 @@ pub(crate) struct Lane {
     /// Network interface to connect through, such as a dedicated migration network's
     #[arg(long, value_name = "NAME")]
     pub(crate) interface: Option<String>,
+    #[command(flatten)]
+    pub(crate) rdma: Rdma,
 }
 
 impl Lane {

@@ -7,6 +7,7 @@ mod exit;
 mod file;
 mod guest;
 mod limits;
+mod rdma;
 mod security;
 pub(crate) mod units;
 
@@ -17,6 +18,7 @@ pub(crate) use exit::ExitStatus;
 pub(crate) use file::{RestoreOptions, SaveOptions};
 pub(crate) use guest::{Backing, GuestKind, GuestOptions};
 pub(crate) use limits::{Lane, Limits, Verify};
+pub(crate) use rdma::Rdma;
 pub(crate) use security::Security;
 
 use std::path::PathBuf;
@@ -143,6 +145,8 @@ pub(crate) struct ReceiveOptions {
     /// Network interface to listen on, such as a dedicated migration network's
     #[arg(long, value_name = "NAME", help_heading = "Network")]
     pub(crate) interface: Option<String>,
+    #[command(flatten)]
+    pub(crate) rdma: Rdma,
     #[command(flatten)]
     pub(crate) place: PlaceOptions,
     /// Give up when no guest has come for this long

@@ -6,6 +6,7 @@
 //! another machine's, from a file ([`image`]): then they write nothing, and a hash proves it.
 
 mod destination;
+mod faults;
 mod gate;
 mod heart;
 mod image;
@@ -15,11 +16,13 @@ mod ram;
 mod source;
 mod state;
 mod tracker;
+mod userfault;
 mod vcpus;
 
 pub(crate) use destination::ArrivingProcessGuest;
 pub(crate) use image::{Image, ImageError};
 pub(crate) use source::ProcessGuest;
+pub(crate) use tracker::Tracking;
 
 /// Why a process guest could not be started, saved or taken over.
 #[derive(Debug, thiserror::Error)]
@@ -62,6 +65,9 @@ pub(crate) enum ProcessGuestError {
         /// What is wrong with them.
         why: String,
     },
+    /// Writes to memory that the host gave cannot be tracked.
+    #[error(transparent)]
+    Tracking(#[from] pagemap::TrackingError),
     /// A thread of the guest's is gone: a defect of this program.
     #[error("a vCPU thread of the guest has panicked")]
     Dead,
@@ -88,8 +94,8 @@ mod tests {
         Params { working_set: 1 << 20, rate: Rate::BytesPerSecond(200 << 20), writes, vcpus: 2, ..Params::default() }
     }
 
-    fn started(writes: Writes) -> ProcessGuest {
-        let mut guest = ProcessGuest::start(MEMORY, Backing::Anonymous, params(writes), None).unwrap();
+    fn started(writes: Writes, tracking: Tracking) -> ProcessGuest {
+        let mut guest = ProcessGuest::start(MEMORY, Backing::Anonymous, tracking, params(writes), None).unwrap();
         guest.wait_ready(&|| true).unwrap();
         guest
     }
@@ -118,8 +124,8 @@ mod tests {
 
     #[test]
     fn a_guest_that_goes_on_elsewhere_finds_every_byte_right() {
-        for writes in [Writes::Few, Writes::Full] {
-            let mut source = started(writes);
+        for (writes, tracking) in [(Writes::Few, Tracking::Kernel), (Writes::Full, Tracking::Faults)] {
+            let mut source = started(writes, tracking);
             wait_for_heartbeats(&source);
             source.pause().unwrap();
             let (mut destination, _) = moved(&mut source);
@@ -134,7 +140,7 @@ mod tests {
 
     #[test]
     fn one_wrong_byte_anywhere_is_found_and_named() {
-        let mut source = started(Writes::Few);
+        let mut source = started(Writes::Few, Tracking::Kernel);
         source.pause().unwrap();
         for address in [0, MEMORY / 2 + 77, MEMORY - 1] {
             let (mut destination, memory) = moved(&mut source);
@@ -153,7 +159,7 @@ mod tests {
         std::fs::write(&path, [5; 10_000]).unwrap();
         let idle = Params { rate: Rate::BytesPerSecond(0), ..params(Writes::Few) };
         let image = Image::open(&path).unwrap();
-        let mut source = ProcessGuest::start(MEMORY, Backing::Anonymous, idle, Some(image)).unwrap();
+        let mut source = ProcessGuest::start(MEMORY, Backing::Anonymous, Tracking::Kernel, idle, Some(image)).unwrap();
         std::fs::remove_file(path).unwrap();
         source.wait_ready(&|| true).unwrap();
         source.pause().unwrap();
@@ -167,7 +173,7 @@ mod tests {
 
     #[test]
     fn a_write_that_was_not_copied_is_found() {
-        let mut source = started(Writes::Few);
+        let mut source = started(Writes::Few, Tracking::Kernel);
         source.pause().unwrap();
         let mut stale = vec![0; 1 << 20];
         source.memory().read(RegionId(0), 0, &mut stale).unwrap();
@@ -183,7 +189,9 @@ mod tests {
 
     #[test]
     fn impossible_sizes_and_foreign_descriptions_are_refused() {
-        assert!(ProcessGuest::start(4095, Backing::Anonymous, params(Writes::Few), None).is_err());
+        let start =
+            |memory, backing, tracking| ProcessGuest::start(memory, backing, tracking, params(Writes::Few), None);
+        assert!(start(4095, Backing::Anonymous, Tracking::Kernel).is_err());
         let mut destination = ArrivingProcessGuest::new(Backing::Anonymous, false);
         let layout = ram::Ram::layout(MEMORY).unwrap();
         assert!(destination.prepare(b"not a guest", &layout).is_err());

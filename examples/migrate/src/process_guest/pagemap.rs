@@ -3,13 +3,18 @@
 //! protection was lifted and protects them again in the same step. Both since Linux 6.7.
 //!
 //! No fault is ever delivered to this process: a write to a protected page costs one short trap.
-//! Numbers and structures are those of the kernel's `linux/userfaultfd.h` and `linux/fs.h`.
+//! Numbers and structures are those of the kernel's `linux/fs.h`.
 #![allow(unsafe_code)]
 
 use std::fs::File;
 use std::io;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::fd::AsRawFd;
+use std::sync::Arc;
+
+use pageferry::memory::NotShareable;
+
+use super::userfault::{Features, Userfault, ioctl, iowr};
 
 /// Why writes cannot be tracked here.
 #[derive(Debug, thiserror::Error)]
@@ -21,9 +26,31 @@ pub(crate) enum TrackingError {
     Userfaultfd(io::Error),
     /// A userfaultfd without asynchronous write protection.
     #[error(
-        "this kernel's userfaultfd cannot track writes by itself (WP_ASYNC, Linux 6.7 or newer): {0}; use a newer kernel, or a KVM guest"
+        "this kernel's userfaultfd cannot track writes by itself (WP_ASYNC, Linux 6.7 or newer): {0}; leave out --tracker kernel"
     )]
     WriteProtect(io::Error),
+    /// A userfaultfd that cannot protect shared memory.
+    #[error(
+        "this kernel's userfaultfd cannot tell of writes to shared memory (WP_HUGETLBFS_SHMEM, Linux 5.19 or newer): {0}; use a newer kernel, or a KVM guest"
+    )]
+    WriteFaults(io::Error),
+    /// Memory without a descriptor.
+    #[error(
+        "writes to {0:?} are tracked by faults, which needs memory that can be mapped twice: use --backing anon or memfd, or Linux 6.7"
+    )]
+    NotShared(String),
+    /// The second mapping of memory that has one.
+    #[error("cannot map the guest's memory once more: {0}")]
+    View(#[from] NotShareable),
+    /// The host did not give a thread.
+    #[error("cannot start a thread that tracks the guest's writes: {0}")]
+    Thread(io::Error),
+    /// The faults cannot be read.
+    #[error("cannot read which pages the guest is about to write: {0}")]
+    Faults(io::Error),
+    /// Tracking has ended by itself.
+    #[error("the guest's writes are not tracked any more: {0}")]
+    Over(Arc<TrackingError>),
     /// The process' own page map cannot be opened.
     #[error("cannot open /proc/self/pagemap, which tells the pages written: {0}; mount /proc")]
     Pagemap(io::Error),
@@ -41,13 +68,11 @@ pub(crate) enum TrackingError {
     },
 }
 
-const UFFD_API: u64 = 0xAA;
-const UFFD_USER_MODE_ONLY: i32 = 1;
-const UFFD_FEATURE_WP_HUGETLBFS_SHMEM: u64 = 1 << 12;
-const UFFD_FEATURE_WP_UNPOPULATED: u64 = 1 << 13;
-const UFFD_FEATURE_WP_ASYNC: u64 = 1 << 15;
-const REGISTER_MODE_WP: u64 = 1 << 1;
-const WRITEPROTECT_MODE_WP: u64 = 1 << 0;
+impl TrackingError {
+    pub(super) fn at(what: &'static str, bytes: &Range<u64>, source: io::Error) -> Self {
+        Self::Range { what, start: bytes.start, len: bytes.end - bytes.start, source }
+    }
+}
 
 const PAGE_IS_WRITTEN: u64 = 1 << 1;
 const PAGE_IS_PRESENT: u64 = 1 << 3;
@@ -56,34 +81,6 @@ const PM_SCAN_CHECK_WPASYNC: u64 = 1 << 1;
 
 /// Ranges that one call of PAGEMAP_SCAN may return.
 const SCAN_BATCH: usize = 512;
-
-#[repr(C)]
-struct Api {
-    version: u64,
-    features: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Register {
-    start: u64,
-    len: u64,
-    mode: u64,
-    ioctls: u64,
-}
-
-#[repr(C)]
-struct Unregister {
-    start: u64,
-    len: u64,
-}
-
-#[repr(C)]
-struct WriteProtect {
-    start: u64,
-    len: u64,
-    mode: u64,
-}
 
 #[repr(C)]
 #[derive(Clone, Copy, Default)]
@@ -109,51 +106,27 @@ struct ScanArgument {
     return_mask: u64,
 }
 
-const fn iowr<T>(kind: u8, number: u8) -> libc::Ioctl {
-    request::<T>(3, kind, number)
-}
-
-const fn request<T>(direction: u32, kind: u8, number: u8) -> libc::Ioctl {
-    (direction << 30 | (size_of::<T>() as u32) << 16 | (kind as u32) << 8 | number as u32) as libc::Ioctl
-}
-
-/// Calls an ioctl whose argument is exactly a `T`.
-fn ioctl<T>(fd: RawFd, request: libc::Ioctl, argument: &mut T) -> io::Result<i32> {
-    // SAFETY: every request in this file is encoded with the size of its argument, so the kernel
-    // reads and writes only `argument`; the ones that name addresses change how writes to those
-    // pages are tracked, never their content or their access rights as seen by this process.
-    let result = unsafe { libc::ioctl(fd, request, std::ptr::from_mut(argument)) };
-    if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
-}
-
 /// Tracks writes to address ranges of this process.
 #[derive(Debug)]
 pub(crate) struct WriteTracker {
-    uffd: OwnedFd,
+    uffd: Userfault,
     pagemap: File,
 }
 
 impl WriteTracker {
     /// Asks the host for both interfaces.
     pub(crate) fn new() -> Result<Self, TrackingError> {
-        let uffd = userfaultfd().map_err(TrackingError::Userfaultfd)?;
-        let features = UFFD_FEATURE_WP_ASYNC | UFFD_FEATURE_WP_UNPOPULATED | UFFD_FEATURE_WP_HUGETLBFS_SHMEM;
-        let mut api = Api { version: UFFD_API, features, ioctls: 0 };
-        ioctl(uffd.as_raw_fd(), iowr::<Api>(0xAA, 0x3F), &mut api).map_err(TrackingError::WriteProtect)?;
+        let uffd = Userfault::open().map_err(TrackingError::Userfaultfd)?;
+        let features = [Features::WP_ASYNC, Features::WP_UNPOPULATED, Features::WP_HUGETLBFS_SHMEM];
+        uffd.enable(&features).map_err(TrackingError::WriteProtect)?;
         let pagemap = File::open("/proc/self/pagemap").map_err(TrackingError::Pagemap)?;
         Ok(Self { uffd, pagemap })
     }
 
     /// Starts tracking a range. Every write that happens after the return is found by [`harvest`](Self::harvest).
     pub(crate) fn track(&self, bytes: &Range<u64>) -> Result<(), TrackingError> {
-        let (start, len) = (bytes.start, bytes.end - bytes.start);
-        let mut register = Register { start, len, mode: REGISTER_MODE_WP, ioctls: 0 };
-        ioctl(self.uffd.as_raw_fd(), iowr::<Register>(0xAA, 0x00), &mut register)
-            .map_err(|source| TrackingError::Range { what: "register", start, len, source })?;
-        let mut protect = WriteProtect { start, len, mode: WRITEPROTECT_MODE_WP };
-        ioctl(self.uffd.as_raw_fd(), iowr::<WriteProtect>(0xAA, 0x06), &mut protect)
-            .map_err(|source| TrackingError::Range { what: "write-protect", start, len, source })?;
-        Ok(())
+        self.uffd.register(bytes).map_err(|source| TrackingError::at("register", bytes, source))?;
+        self.uffd.protect(bytes).map_err(|source| TrackingError::at("write-protect", bytes, source))
     }
 
     /// Reports the pages of a range written since they were last protected, as address ranges, and
@@ -185,9 +158,9 @@ impl WriteTracker {
         let mut at = bytes.start;
         while at < bytes.end {
             let mut scan = scan_argument(at..bytes.end, category, flags, &mut regions);
-            let count = ioctl(self.pagemap.as_raw_fd(), iowr::<ScanArgument>(b'f', 16), &mut scan);
-            let len = bytes.end - at;
-            let count = count.map_err(|source| TrackingError::Range { what: "scan", start: at, len, source })?;
+            // SAFETY: the request has the size of its argument, which names the vector above and its length.
+            let count = unsafe { ioctl(self.pagemap.as_raw_fd(), iowr::<ScanArgument>(b'f', 16), &mut scan) };
+            let count = count.map_err(|source| TrackingError::at("scan", &(at..bytes.end), source))?;
             for region in &regions[..count as usize] {
                 found(region.start..region.end);
             }
@@ -198,11 +171,7 @@ impl WriteTracker {
 
     /// Ends tracking of a range; writes cost nothing any more.
     pub(crate) fn release(&self, bytes: &Range<u64>) -> Result<(), TrackingError> {
-        let (start, len) = (bytes.start, bytes.end - bytes.start);
-        let mut argument = Unregister { start, len };
-        ioctl(self.uffd.as_raw_fd(), request::<Unregister>(2, 0xAA, 0x01), &mut argument)
-            .map_err(|source| TrackingError::Range { what: "release", start, len, source })?;
-        Ok(())
+        self.uffd.unregister(bytes).map_err(|source| TrackingError::at("release", bytes, source))
     }
 }
 
@@ -221,17 +190,4 @@ fn scan_argument(bytes: Range<u64>, category: u64, flags: u64, regions: &mut [Pa
         category_anyof_mask: 0,
         return_mask: category,
     }
-}
-
-/// A userfaultfd for faults of user code only: that needs no privilege, and asynchronous
-/// protection handles writes by the kernel (a `read` into guest memory) all the same.
-fn userfaultfd() -> io::Result<OwnedFd> {
-    let flags = libc::O_CLOEXEC | libc::O_NONBLOCK | UFFD_USER_MODE_ONLY;
-    // SAFETY: a plain system call without pointers.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, flags) };
-    if fd < 0 {
-        return Err(io::Error::last_os_error());
-    }
-    // SAFETY: a new descriptor that nobody else owns.
-    Ok(unsafe { OwnedFd::from_raw_fd(fd as RawFd) })
 }

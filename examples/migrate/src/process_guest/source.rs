@@ -12,7 +12,7 @@ use super::ProcessGuestError;
 use super::image::Image;
 use super::ram::Ram;
 use super::state::{Description, bytes_of};
-use super::tracker::ProcessTracker;
+use super::tracker::{ProcessTracker, Tracking};
 use super::vcpus::Vcpus;
 use crate::guest::{Guest, SelfCheck};
 use crate::workload::params::Params;
@@ -27,20 +27,25 @@ pub(crate) struct ProcessGuest {
 }
 
 impl ProcessGuest {
-    /// Starts one, whose memory comes from the image if there is one.
+    /// Starts one, whose memory comes from the image if there is one. Where faults tell its writes, anonymous memory is a memfd.
     pub(crate) fn start(
         memory: u64,
         backing: Backing,
+        tracking: Tracking,
         params: Params,
         image: Option<Image>,
     ) -> Result<Self, ProcessGuestError> {
         if let Some(image) = &image {
             image.check_fits(memory)?;
         }
+        let backing = match (tracking, backing) {
+            (Tracking::Faults, Backing::Anonymous) => Backing::Memfd,
+            _ => backing,
+        };
         let ram = Ram::map(Ram::layout(memory)?, backing)?;
+        let tracker = ProcessTracker::new(ram.memory(), tracking)?;
         let vcpus = Vcpus::boot(ram.clone(), params, image)?;
         vcpus.release();
-        let tracker = ProcessTracker::new(ram.memory());
         Ok(Self { params, vcpus, tracker, running: true })
     }
 }

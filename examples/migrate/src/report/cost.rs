@@ -45,19 +45,31 @@ fn guest_rss(memory: &dyn GuestMemory) -> Option<u64> {
     Some(resident(&fs::read_to_string("/proc/self/smaps").ok()?, &windows))
 }
 
-/// Resident bytes within address ranges. A mapping that the kernel has merged with its neighbour counts up to the part
-/// that lies within.
+/// Resident bytes within address ranges, and wherever else the files behind them are mapped: a page that is mapped twice counts twice
+/// in what the process holds. A mapping that the kernel has merged with its neighbour counts up to the part that lies within.
 fn resident(smaps: &str, windows: &[Range<u64>]) -> u64 {
+    let overlap = |range: &Range<u64>| -> u64 {
+        let within = |window: &Range<u64>| window.end.min(range.end).saturating_sub(window.start.max(range.start));
+        windows.iter().map(within).sum()
+    };
+    let guests = smaps.lines().filter(|line| address_range(line).is_some_and(|range| overlap(&range) > 0));
+    let files: Vec<_> = guests.filter_map(file_behind).collect();
     let (mut sum, mut inside) = (0, 0);
     for line in smaps.lines() {
         if let Some(range) = address_range(line) {
-            let overlap = |window: &Range<u64>| window.end.min(range.end).saturating_sub(window.start.max(range.start));
-            inside = windows.iter().map(overlap).sum();
+            let again = file_behind(line).is_some_and(|file| files.contains(&file));
+            inside = if again { range.end - range.start } else { overlap(&range) };
         } else if let Some(bytes) = kilobytes(line, "Rss:") {
             sum += bytes.min(inside);
         }
     }
     sum
+}
+
+/// Device and number of the file in the first line about a mapping.
+fn file_behind(line: &str) -> Option<(&str, &str)> {
+    let mut fields = line.split_whitespace().skip(3);
+    fields.next().zip(fields.next()).filter(|(_, number)| *number != "0")
 }
 
 /// The addresses in the first line about a mapping: `7f00-8f00 rw-p ...`.
@@ -186,5 +198,13 @@ mod tests {
         assert_eq!(resident(smaps, &[0x1000..0x3000, 0..0x800]), 8192);
         assert_eq!(resident(smaps, &[0x6000..0x7000, 0x9000..0xa000]), 4096);
         assert_eq!(resident(smaps, &[]), 0);
+    }
+
+    #[test]
+    fn the_guests_memory_counts_wherever_it_is_mapped() {
+        let smaps = "1000-3000 rw-s 00000000 00:01 77 /memfd:ram\nRss: 8 kB\n5000-7000 rw-s 00000000 00:01 77 /memfd:ram\nRss: 4 kB\n\
+                     8000-9000 rw-s 00000000 00:02 77 /other\nRss: 4 kB\n9000-a000 rw-p 00000000 00:00 0\nRss: 4 kB\n";
+        assert_eq!(resident(smaps, std::slice::from_ref(&(0x1000..0x3000))), 12288);
+        assert_eq!(resident(smaps, std::slice::from_ref(&(0x9000..0xa000))), 4096);
     }
 }

@@ -15,7 +15,7 @@ use super::operator::{Operator, Wish};
 use super::save::file_dialer;
 use super::send::{Way, became_ready, migrate};
 use super::{afterwards, ended_early, guests, links, not_started, rdma};
-use crate::cli::{Address, Backing, DemoOptions, DemoTransport, ExitStatus, GuestOptions, LingerTime, Security};
+use crate::cli::{Address, Backing, DemoOptions, DemoTransport, ExitStatus, GuestOptions, LingerTime, Rdma, Security};
 use crate::progress::{JsonEvent, Screen};
 use crate::report::{FinalReport, Owner, Role};
 
@@ -174,6 +174,13 @@ impl Destination {
         command.args(["--backing", own.guest.backing.name()]);
         if options.guest.overcommit {
             command.arg("--overcommit");
+        }
+        let Rdma { rdma_pin_all, rdma_locked_memory } = options.lane.rdma;
+        if rdma_pin_all {
+            command.arg("--rdma-pin-all");
+        }
+        if let Some(most) = rdma_locked_memory {
+            command.args(["--rdma-locked-memory", &most.to_string()]);
         }
         if options.prefault {
             command.arg("--prefault");

@@ -25,7 +25,7 @@ use crate::machine::{
     Allowance, ArrivalConfig, ArrivingGuest, BootImage, Boots, ConsoleEnds, GuestBacking, GuestConfig, LiveGuest,
     NoRoom, check_room, check_size,
 };
-use crate::process_guest::{ArrivingProcessGuest, Image, ProcessGuest};
+use crate::process_guest::{ArrivingProcessGuest, Image, ProcessGuest, Tracking};
 use crate::progress::Screen;
 
 /// Why a guest could not be started or taken in.
@@ -158,7 +158,7 @@ fn start_image(file: &Path, options: &GuestOptions, screen: &Screen, copies: u64
     let memory = options.memory.unwrap_or(image.least_memory());
     check_host(memory, options, copies)?;
     let params = options.params();
-    let guest = ProcessGuest::start(memory, options.backing.into(), params, Some(image))?;
+    let guest = ProcessGuest::start(memory, options.backing.into(), tracking(options, screen), params, Some(image))?;
     let vcpus = show_count(params.vcpus, "vCPU");
     screen.note(&format!("process guest: {}, {vcpus}, the image {}", show_bytes(memory), file.display()));
     Ok(AnySource::new(Kind::Process, guest))
@@ -215,9 +215,19 @@ fn start_process(options: &GuestOptions, screen: &Screen) -> Result<AnySource, V
         return Err(GuestError::KernelNeedsKvm.into());
     }
     let params = options.params();
-    let guest = ProcessGuest::start(options.memory(), options.backing.into(), params, None)?;
+    let tracking = tracking(options, screen);
+    let guest = ProcessGuest::start(options.memory(), options.backing.into(), tracking, params, None)?;
     screen.note(&format!("process guest: {}", options.describe(&params)));
     Ok(AnySource::new(Kind::Process, guest))
+}
+
+/// How the writes of a process guest are tracked.
+fn tracking(options: &GuestOptions, screen: &Screen) -> Tracking {
+    let tracking = options.tracker.tracking();
+    if tracking == Tracking::Faults {
+        screen.note("the process guest's writes are tracked by faults, its memory is a memfd that is mapped twice");
+    }
+    tracking
 }
 
 impl SourceVm for AnySource {

@@ -17,7 +17,7 @@ use pageferry_tls::{DestinationIdentity, Pairing, SourceIdentity, TlsAcceptor, T
 use pageferry_unix::{Descriptors, UnixAcceptor, UnixDialer};
 
 use super::rdma;
-use crate::cli::{Address, Lane, NetAddress, Scheme, Security};
+use crate::cli::{Address, Lane, NetAddress, Rdma, Scheme, Security};
 use crate::progress::Screen;
 
 /// What cannot be as the command line says.
@@ -78,6 +78,7 @@ const LONGEST_PAIRING: u64 = 16 << 10;
 /// How connections are made, whatever the address.
 struct Means<'a> {
     interface: Option<&'a String>,
+    rdma: Rdma,
     security: &'a Security,
     peer_timeout: Duration,
     screen: &'a Screen,
@@ -91,7 +92,7 @@ pub(super) fn dialer(
     peer_timeout: Duration,
     screen: &Screen,
 ) -> Result<Arc<dyn Dialer>, VmError> {
-    let means = Means { interface: lane.interface.as_ref(), security, peer_timeout, screen };
+    let means = Means { interface: lane.interface.as_ref(), rdma: lane.rdma, security, peer_timeout, screen };
     match to {
         Address::Net(address) => means.dialer(address, lane, sources(&lane.bind, 1)?[0]),
         Address::Paths(all) => {
@@ -124,11 +125,12 @@ pub(super) struct Listening {
 pub(super) fn acceptor(
     at: &Address,
     interface: Option<&String>,
+    rdma: Rdma,
     security: &Security,
     peer_timeout: Duration,
     screen: &Screen,
 ) -> Result<Listening, VmError> {
-    let means = Means { interface, security, peer_timeout, screen };
+    let means = Means { interface, rdma, security, peer_timeout, screen };
     // Made once: all paths show the same certificate and know the same token.
     let mut identity = None;
     let mut descriptors = None;
@@ -179,7 +181,7 @@ impl Means<'_> {
                     None => Arc::new(dialer),
                 })
             }
-            Scheme::Rdma => rdma::dialer(target, source),
+            Scheme::Rdma => rdma::dialer(target, source, self.rdma, self.peer_timeout),
             Scheme::Any | Scheme::Tcp => {
                 let dialer = TcpDialer::new(target, options);
                 Ok(match source {
@@ -215,7 +217,7 @@ impl Means<'_> {
                 Ok((Arc::new(acceptor), local))
             }
             Scheme::Rdma => {
-                let (acceptor, local) = rdma::acceptor(target)?;
+                let (acceptor, local) = rdma::acceptor(target, self.rdma, self.peer_timeout)?;
                 Ok((acceptor, reachable(local, Scheme::Rdma, None)))
             }
             scheme @ (Scheme::Any | Scheme::Tcp) => {

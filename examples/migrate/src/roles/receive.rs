@@ -32,9 +32,9 @@ fn try_receive(options: &ReceiveOptions, screen: &Arc<Screen>) -> Result<ExitSta
         parent::end_with(parent)?;
     }
     let operator = Operator::listen(false)?;
-    let ReceiveOptions { listen, interface, security, peer_timeout, .. } = options;
+    let ReceiveOptions { listen, interface, rdma, security, peer_timeout, .. } = options;
     let Listening { acceptor, local, descriptors } =
-        links::acceptor(listen, interface.as_ref(), security, *peer_timeout, screen)?;
+        links::acceptor(listen, interface.as_ref(), *rdma, security, *peer_timeout, screen)?;
     screen.listening(&local.to_string(), &local.connection_string());
     let mut config = DestinationConfig::default();
     config.wait_for_source = options.wait;
