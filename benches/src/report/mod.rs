@@ -6,6 +6,7 @@ mod answer;
 mod charts;
 mod csv;
 pub(crate) mod difference;
+pub(crate) mod efficiency;
 #[cfg(test)]
 pub(crate) mod example;
 pub(crate) mod group;

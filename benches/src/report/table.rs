@@ -5,6 +5,7 @@ use std::fmt::Write;
 use crate::study::Study;
 
 use super::answer::standing;
+use super::efficiency::{Beside, MOST_RATIO, beside};
 use super::group::{Group, Quantity, cell};
 use super::verdict::{NO_REASON, duels, losses};
 use super::words;
@@ -47,7 +48,21 @@ pub(crate) fn table(study: &Study) -> String {
     if rows.is_empty() {
         text += "nothing was measured\n";
     }
-    text + &key(&rows) + &behind(study)
+    text + &key(&rows) + &efficiency(study) + &behind(study)
+}
+
+/// How much of the link is used, where that was measured.
+fn efficiency(study: &Study) -> String {
+    let line = |one: &Beside<'_>| {
+        let word = if one.met() { "met" } else { "NOT MET" };
+        let (took, copy) = (words::seconds(one.seconds), words::seconds(one.copy_seconds));
+        let (mover, guest, link) = (&one.mover.name, &one.guest.name, &one.link.name);
+        let ratio = one.ratio();
+        format!(
+            "{mover} of {guest} over {link}: {took}, a plain copy of as much {copy}: {ratio:.3} (at most {MOST_RATIO} and 50 ms: {word})\n"
+        )
+    };
+    beside(study).iter().map(line).collect()
 }
 
 fn put(text: &mut String, words: std::fmt::Arguments<'_>) {

@@ -4,12 +4,21 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::{FORMAT, Study};
+use super::{FORMAT, Remark, Study};
 use crate::BenchError;
 
-/// Reads a study, and refuses what is none, or one of another form.
+/// Reads a study, and refuses what is none, or one of another form. Why ours is behind stands in a file beside it, if
+/// somebody has looked into it: `harness-paper.remarks.json` for `harness-paper.json`, a list of objects with `link`, `guest`,
+/// `quantity` and `text`.
 pub(crate) fn read(path: &Path) -> Result<Study, BenchError> {
-    parse(&value(path)?).map_err(|reason| refused(path, &reason))
+    let mut study = parse(&value(path)?).map_err(|reason| refused(path, &reason))?;
+    let beside = path.with_extension("remarks.json");
+    if beside.exists() {
+        let remarks: Vec<Remark> = serde_json::from_value(value(&beside)?)
+            .map_err(|error| BenchError::Tool(format!("{} holds no remarks: {error}", beside.display())))?;
+        study.remarks.extend(remarks);
+    }
+    Ok(study)
 }
 
 /// Reads a file of JSON.
@@ -77,6 +86,20 @@ mod tests {
         let mut study = example::alone();
         study.machine.load_before = f64::NAN;
         assert!(parse(&serde_json::to_value(&study).unwrap()).unwrap().machine.load_before.is_nan());
+    }
+
+    #[test]
+    fn remarks_stand_in_a_file_beside_a_study() {
+        let scratch = crate::scratch::Scratch::new().unwrap();
+        let (study, remarks) = (scratch.file("harness-x.json"), scratch.file("harness-x.remarks.json"));
+        std::fs::write(&study, serde_json::to_string(&example::alone()).unwrap()).unwrap();
+        let before = read(&study).unwrap().remarks.len();
+        let text = r#"[{"link": "1gbit", "guest": "idle", "quantity": "cpu", "text": "it packs"}]"#;
+        std::fs::write(&remarks, text).unwrap();
+        assert_eq!(read(&study).unwrap().remarks[before].text, "it packs");
+        std::fs::write(&remarks, "[1]").unwrap();
+        let said = read(&study).unwrap_err().to_string();
+        assert!(said.contains("harness-x.remarks.json holds no remarks"), "{said}");
     }
 
     #[test]

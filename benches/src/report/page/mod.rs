@@ -6,6 +6,7 @@ mod tables;
 use crate::study::{Engine, Link, Study};
 
 use super::charts;
+use super::efficiency::{MOST_MORE_SECONDS, MOST_RATIO, beside};
 use super::group::Quantity;
 use super::markup::Element;
 use super::svg::look::Look;
@@ -31,6 +32,7 @@ pub(crate) fn page(study: &Study) -> String {
         rates(study),
         bytes(study),
         cpu(study),
+        efficiency(study),
         outlook(study),
         verdict(study),
         lost(study),
@@ -134,6 +136,31 @@ fn bytes(study: &Study) -> Element {
         ))
         .push(charts::stage_key())
         .push(grid(2, each_link(study, charts::bytes)))
+}
+
+fn efficiency(study: &Study) -> Element {
+    let found = beside(study);
+    if found.is_empty() {
+        return Element::new("section");
+    }
+    let lines = found.iter().map(|one| {
+        let (took, copy) = (words::seconds(one.seconds), words::seconds(one.copy_seconds));
+        let word = if one.met() { "met" } else { "NOT MET" };
+        let text = format!(
+            "{} of {} over {}: {took}, a plain copy {copy}, {:.3}×. At most {MOST_RATIO}× and {:.0} ms: {word}.",
+            one.mover.name,
+            one.guest.name,
+            words::link(one.link),
+            one.ratio(),
+            MOST_MORE_SECONDS * 1e3,
+        );
+        Element::new("li").text(text)
+    });
+    section("How much of the link is used")
+        .push(soft(
+            "A guest whose memory nobody can pack, beside a plain copy of as many bytes over one TCP connection, each in its turn.",
+        ))
+        .push(Element::new("ul").extend(lines))
 }
 
 fn cpu(study: &Study) -> Element {
