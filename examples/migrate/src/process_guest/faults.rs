@@ -276,6 +276,6 @@ mod tests {
             assert_eq!(found.iter().cloned().flatten().collect::<Vec<_>>(), expected, "round {round}");
             assert!(found.windows(2).all(|pair| pair[0].end < pair[1].start), "round {round}: {found:?}");
         }
-        assert_eq!(runs(&[!0; WORDS]).collect::<Vec<_>>(), [0..STRETCH_PAGES]);
+        assert!(runs(&[!0; WORDS]).eq(std::iter::once(0..STRETCH_PAGES)));
     }
 }
