@@ -12,6 +12,9 @@ pub struct Situation {
     pub downtime_limit: Duration,
     /// Downtime if the switch-over came now, machine state included.
     pub predicted_downtime: Duration,
+    /// What of that has nothing to do with dirty pages: the machine state and the exchange at the end. No round makes it
+    /// shorter.
+    pub fixed_downtime: Duration,
     /// Throttle in force, in per cent.
     pub throttle: u8,
     /// Most throttle allowed; 0 when the user or the VMM allows none.
@@ -51,6 +54,10 @@ const GOOD_ENOUGH: Duration = Duration::from_millis(6);
 /// Rounds spent on shortening a downtime that fits already.
 const MAX_POLISHING_ROUNDS: u32 = 4;
 
+/// A downtime of the fixed part and a quarter of it is as good as no pages can make it: a limit below that cannot be met,
+/// and no round is worth its time.
+const NEARLY: f64 = 1.25;
+
 /// A round that leaves more than this share of the previous one's dirty pages has not paid.
 const SHRINKING: f64 = 0.8;
 
@@ -62,7 +69,7 @@ const THROTTLE_STEP: u8 = 10;
 impl Convergence for Adaptive {
     fn decide(&mut self, round: &RoundReport, situation: &Situation) -> Decision {
         let previous = self.previous_dirty.replace(round.dirty_pages);
-        if situation.predicted_downtime <= situation.downtime_limit {
+        if situation.predicted_downtime <= situation.downtime_limit.max(nearly_fixed(situation)) {
             self.fitting_rounds += 1;
             return self.polish(round, situation);
         }
@@ -80,9 +87,15 @@ impl Adaptive {
     /// The downtime fits: is another round worth it?
     fn polish(&self, round: &RoundReport, situation: &Situation) -> Decision {
         let halves = round.dirty_pages * 2 < round.pages;
-        let pays = halves && situation.predicted_downtime > GOOD_ENOUGH && self.fitting_rounds <= MAX_POLISHING_ROUNDS;
+        let long = situation.predicted_downtime > GOOD_ENOUGH.max(nearly_fixed(situation));
+        let pays = halves && long && self.fitting_rounds <= MAX_POLISHING_ROUNDS;
         if pays { Decision::AnotherRound } else { Decision::SwitchOver }
     }
+}
+
+/// A downtime to which pages add next to nothing.
+fn nearly_fixed(situation: &Situation) -> Duration {
+    situation.fixed_downtime.mul_f64(NEARLY)
 }
 
 /// The throttle that would make the next round half as long, or one step more if that is higher.
@@ -108,6 +121,7 @@ mod tests {
         Situation {
             downtime_limit: Duration::from_millis(300),
             predicted_downtime: Duration::from_millis(predicted_ms),
+            fixed_downtime: Duration::from_millis(4),
             throttle,
             max_throttle: 99,
         }
@@ -154,6 +168,18 @@ mod tests {
         }
         assert_eq!(throttle, 99);
         assert_eq!(policy.decide(&round(50_000, 50_000), &situation(9000, 99)), Decision::AnotherRound);
+    }
+
+    #[test]
+    fn a_limit_that_the_machine_state_alone_exceeds_is_not_waited_for() {
+        let tight = |predicted_ms| Situation {
+            downtime_limit: Duration::from_millis(10),
+            fixed_downtime: Duration::from_millis(12),
+            ..situation(predicted_ms, 0)
+        };
+        assert_eq!(Adaptive::default().decide(&round(100_000, 0), &tight(12)), Decision::SwitchOver);
+        assert_eq!(Adaptive::default().decide(&round(100, 60), &tight(15)), Decision::SwitchOver);
+        assert_eq!(Adaptive::default().decide(&round(100_000, 40_000), &tight(90)), Decision::AnotherRound);
     }
 
     #[test]

@@ -78,6 +78,19 @@ fn a_guest_that_keeps_writing_arrives_whole_over_any_number_of_lanes() {
 }
 
 #[test]
+fn a_downtime_limit_that_nothing_can_meet_does_not_keep_an_idle_guest() {
+    let (dialer, acceptor) = transport::in_memory();
+    let arrival = receive(acceptor, Room::default());
+    let mut guest = Guest::new(500, None);
+    let mut config = source_config();
+    config.downtime_limit = Duration::ZERO;
+    let report = Source::new(config).run(&mut guest, Arc::new(dialer), &Control::new()).unwrap();
+    assert!(report.rounds.len() < 5, "{} rounds", report.rounds.len());
+    assert_eq!(report.throttle_peak, 0);
+    assert_arrived(&guest, arrival);
+}
+
+#[test]
 fn odd_sizes_migrate() {
     for pages in [0, 1, 2, 63, 64, 65, 129] {
         let (dialer, acceptor) = transport::in_memory();
@@ -167,6 +180,10 @@ fn a_guest_too_fast_for_the_link_is_cancelled_or_switched_over_at_the_timeout() 
         let arrival = receive(acceptor, Room::default());
         let mut config = source_config();
         config.bandwidth = Some(4 << 20);
+        // A few bytes a page would fit the link as deltas.
+        config.encode.delta_cache = 0;
+        config.encode.duplicates = false;
+        config.encode.compress = Compress::Off;
         config.downtime_limit = Duration::from_micros(1);
         config.max_throttle = 0;
         config.timeout = Duration::from_millis(700);
