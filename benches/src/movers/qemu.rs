@@ -195,7 +195,8 @@ impl Mover for Qemu {
         let sent_before = task.network.sent_bytes()?;
         let started = Instant::now();
         source.qmp.command("migrate", &uri(task.network.route()))?;
-        let watched = source.watch(started, task.limit, self.setting.switches_to_postcopy())?;
+        let mut watched = source.watch(started, task.limit, self.setting.switches_to_postcopy())?;
+        watched.remaining.insert(0, Remaining { seconds: 0.0, bytes: task.subject.bytes, round: 0 });
         if watched.converged {
             // Only then has everything left the source: its last megabytes still wait in its socket.
             destination.wait_arrived()?;

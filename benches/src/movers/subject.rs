@@ -4,6 +4,7 @@ use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
 
+use crate::report::words::INCOMPRESSIBLE;
 use crate::study::{Guest, Writes};
 
 /// The seed of all content, so that every mover moves the same bytes.
@@ -132,7 +133,7 @@ impl Subject {
     pub(crate) fn facts(&self) -> Guest {
         let content = match self.memory.content() {
             Some(Content::Mix) => "30 % zero pages, 10 % duplicates, 40 % text-like, 20 % incompressible",
-            Some(Content::Random) => "incompressible",
+            Some(Content::Random) => INCOMPRESSIBLE,
             None => "a memory image",
         };
         let load = self.memory.load();

@@ -7,6 +7,7 @@ use std::time::{Duration, Instant};
 use clap::Subcommand;
 use serde::{Deserialize, Serialize};
 
+use super::goodput::{TRIES, is_plausible};
 use super::{Network, Rate, Side};
 use crate::guest::Random;
 use crate::process::Program;
@@ -94,13 +95,21 @@ fn fingerprint(memory: &[u8]) -> u64 {
     twox_hash::XxHash3_64::oneshot(memory)
 }
 
-/// Bytes of payload per second that a plain copy gets through a network.
+/// Bytes of payload per second that a plain copy gets through a network: the best of a few, if the first is slower than the
+/// link can be.
 pub(super) fn try_out(network: &Network) -> Result<f64, BenchError> {
     let bytes = match network.rate() {
         Rate::Unshaped => MOST_TRIAL,
         Rate::BitsPerSecond(bits) => (bits / 8 * TRIAL.as_secs()).min(MOST_TRIAL),
     };
-    Ok(bytes as f64 / copy(network, bytes, PATIENCE)?)
+    let mut best: f64 = 0.0;
+    for _ in 0..TRIES {
+        best = best.max(bytes as f64 / copy(network, bytes, PATIENCE)?);
+        if is_plausible(network.rate(), best) {
+            break;
+        }
+    }
+    Ok(best)
 }
 
 /// Copies so many bytes from memory to memory, and returns how many seconds that took, the destination's word that it has

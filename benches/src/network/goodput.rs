@@ -22,7 +22,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 const LEAST_SHARE: f64 = 0.9;
 
 /// So often it is tried again; the best counts.
-const TRIES: u32 = 3;
+pub(super) const TRIES: u32 = 3;
 
 /// Bytes of payload per second that the link carries.
 pub(super) fn measure(network: &Network, seconds: u32) -> Result<f64, BenchError> {
@@ -36,7 +36,7 @@ pub(super) fn measure(network: &Network, seconds: u32) -> Result<f64, BenchError
     Ok(best)
 }
 
-fn is_plausible(rate: Rate, bytes_per_second: f64) -> bool {
+pub(super) fn is_plausible(rate: Rate, bytes_per_second: f64) -> bool {
     match rate {
         Rate::Unshaped => true,
         Rate::BitsPerSecond(bits) => bytes_per_second * 8.0 >= bits as f64 * LEAST_SHARE,

@@ -75,9 +75,15 @@ pub(crate) fn percent(share: f64) -> String {
     if share.is_finite() { format!("{} %", trimmed(&digits(share * 100.0))) } else { NOTHING.to_owned() }
 }
 
+/// What the content of a guest is called that no codec can shorten.
+pub(crate) const INCOMPRESSIBLE: &str = "incompressible";
+
 /// `1 GiB, idle`, `1 GiB, 60 MiB/s of whole-page writes over 256 MiB`.
 pub(crate) fn guest(guest: &Guest) -> String {
-    let (size, rate) = (bytes(guest.bytes as f64), bytes(guest.dirty_bytes_per_second as f64));
+    let (mut size, rate) = (bytes(guest.bytes as f64), bytes(guest.dirty_bytes_per_second as f64));
+    if guest.content == INCOMPRESSIBLE {
+        size += " that nobody can pack";
+    }
     let writes = match guest.writes {
         Writes::Idle => return format!("{size}, idle"),
         Writes::FewBytes => format!("a few bytes written in {rate}/s of pages"),

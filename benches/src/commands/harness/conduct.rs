@@ -38,7 +38,7 @@ impl<'a> Conductor<'a> {
         let study = Study {
             format: FORMAT,
             preset: plan.preset_name().to_owned(),
-            command: std::env::args().collect::<Vec<_>>().join(" "),
+            command: command_line(std::env::args()),
             machine: Machine::here(),
             links: Vec::new(),
             guests: plan.guests.iter().map(|guest| guest.subject.facts()).collect(),
@@ -201,6 +201,13 @@ impl<'a> Conductor<'a> {
     }
 }
 
+/// How this program was started, wherever it lies.
+fn command_line(mut words: impl Iterator<Item = String>) -> String {
+    let program = words.next().unwrap_or_default();
+    let name = program.rsplit('/').next().unwrap_or_default().to_owned();
+    [name].into_iter().chain(words).collect::<Vec<_>>().join(" ")
+}
+
 /// The least time that so many bytes take over a link.
 fn floor(link: &PlannedLink, bytes: u64) -> Duration {
     let rate = link.spec.rate.bits_per_second().unwrap_or(u64::MAX);
@@ -274,6 +281,12 @@ fn minutes(time: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_record_tells_the_command_and_not_where_the_program_lies() {
+        let words = ["/home/me/target/release/pageferry-bench", "harness", "--turns", "3"].map(str::to_owned);
+        assert_eq!(command_line(words.into_iter()), "pageferry-bench harness --turns 3");
+    }
 
     #[test]
     fn thinning_keeps_the_ends_of_rounds() {
