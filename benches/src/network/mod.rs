@@ -32,6 +32,10 @@ use crate::{BenchError, host};
 const PORT: u16 = 7000;
 const RELAY_PORT: u16 = 7001;
 
+/// Where both ends are on one host, the destination's port is one of these.
+const FIRST_PORT: u16 = 20_000;
+const PORTS: u16 = 10_000;
+
 /// Every namespace's name starts with this and the number of the process that made it.
 const PREFIX: &str = "pageferry-link-";
 
@@ -170,9 +174,19 @@ fn destination_port(port: u16) -> SocketAddr {
     SocketAddr::from((Side::Destination.ip(), port))
 }
 
-/// A port that nobody has at the moment.
+/// A port that nobody has at the moment, below those that the kernel gives to whoever asks for any: those are gone again
+/// before the destination listens.
 fn free_port() -> std::io::Result<SocketAddr> {
-    TcpListener::bind((Ipv4Addr::LOCALHOST, 0))?.local_addr()
+    let first = FIRST_PORT + (std::process::id() % u32::from(PORTS)) as u16;
+    let candidates = (first..FIRST_PORT + PORTS).chain(FIRST_PORT..first);
+    let mut refused = std::io::ErrorKind::AddrInUse.into();
+    for port in candidates {
+        match TcpListener::bind((Ipv4Addr::LOCALHOST, port)).and_then(|listener| listener.local_addr()) {
+            Ok(address) => return Ok(address),
+            Err(error) => refused = error,
+        }
+    }
+    Err(refused)
 }
 
 /// Two namespaces and the wire between them. Dropping it removes them.
