@@ -74,8 +74,8 @@ pub struct SourceConfig {
     /// Data lanes, 1 to 128. Default 1: fills links up to about 10 Gbps. 0 sends pages on the control
     /// lane, for hosts that have one connection only.
     pub lanes: u16,
-    /// Longest acceptable predicted downtime. Default 300 ms. One that is below what the machine state alone takes cannot be
-    /// met: the guest then switches over when its dirty pages add no more than a quarter to that.
+    /// Longest acceptable predicted downtime. Default 300 ms. One that the machine state alone exceeds, at the best rate that
+    /// the link has shown, cannot be met: the guest then switches over when its dirty pages add no more than a quarter to that.
     pub downtime_limit: Duration,
     /// Longest total time before [`on_timeout`](Self::on_timeout) applies. Default one hour.
     pub timeout: Duration,

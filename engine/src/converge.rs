@@ -12,8 +12,10 @@ pub struct Situation {
     pub downtime_limit: Duration,
     /// Downtime if the switch-over came now, machine state included.
     pub predicted_downtime: Duration,
-    /// What of that has nothing to do with dirty pages: the machine state and the exchange at the end. No round makes it
-    /// shorter.
+    /// What of that is owed to dirty pages: all that another round can make shorter.
+    pub pages_downtime: Duration,
+    /// The least that a downtime can be, without dirty pages and at the best rate that the link has shown: the machine state
+    /// and the exchange at the end.
     pub fixed_downtime: Duration,
     /// Throttle in force, in per cent.
     pub throttle: u8,
@@ -54,9 +56,11 @@ const GOOD_ENOUGH: Duration = Duration::from_millis(6);
 /// Rounds spent on shortening a downtime that fits already.
 const MAX_POLISHING_ROUNDS: u32 = 4;
 
-/// A downtime of the fixed part and a quarter of it is as good as no pages can make it: a limit below that cannot be met,
-/// and no round is worth its time.
-const NEARLY: f64 = 1.25;
+/// Dirty pages that make up no more than this share of a downtime are not worth another round.
+const NEXT_TO_NOTHING: f64 = 0.05;
+
+/// Where the limit cannot be met whatever is sent, pages may add this share to the least that a downtime can be.
+const SHARE_BEYOND: f64 = 0.25;
 
 /// A round that leaves more than this share of the previous one's dirty pages has not paid.
 const SHRINKING: f64 = 0.8;
@@ -69,7 +73,7 @@ const THROTTLE_STEP: u8 = 10;
 impl Convergence for Adaptive {
     fn decide(&mut self, round: &RoundReport, situation: &Situation) -> Decision {
         let previous = self.previous_dirty.replace(round.dirty_pages);
-        if situation.predicted_downtime <= situation.downtime_limit.max(nearly_fixed(situation)) {
+        if situation.predicted_downtime <= situation.downtime_limit || is_as_good_as_it_gets(situation) {
             self.fitting_rounds += 1;
             return self.polish(round, situation);
         }
@@ -87,15 +91,17 @@ impl Adaptive {
     /// The downtime fits: is another round worth it?
     fn polish(&self, round: &RoundReport, situation: &Situation) -> Decision {
         let halves = round.dirty_pages * 2 < round.pages;
-        let long = situation.predicted_downtime > GOOD_ENOUGH.max(nearly_fixed(situation));
+        let long = situation.predicted_downtime > GOOD_ENOUGH && !is_as_good_as_it_gets(situation);
         let pays = halves && long && self.fitting_rounds <= MAX_POLISHING_ROUNDS;
         if pays { Decision::AnotherRound } else { Decision::SwitchOver }
     }
 }
 
-/// A downtime to which pages add next to nothing.
-fn nearly_fixed(situation: &Situation) -> Duration {
-    situation.fixed_downtime.mul_f64(NEARLY)
+/// Whether no further round can make the downtime much shorter, be it within the limit or not.
+fn is_as_good_as_it_gets(situation: &Situation) -> bool {
+    let Situation { downtime_limit, predicted_downtime, pages_downtime, fixed_downtime, .. } = situation;
+    let beyond = fixed_downtime > downtime_limit && *pages_downtime <= fixed_downtime.mul_f64(SHARE_BEYOND);
+    beyond || *pages_downtime <= predicted_downtime.mul_f64(NEXT_TO_NOTHING)
 }
 
 /// The throttle that would make the next round half as long, or one step more if that is higher.
@@ -121,6 +127,7 @@ mod tests {
         Situation {
             downtime_limit: Duration::from_millis(300),
             predicted_downtime: Duration::from_millis(predicted_ms),
+            pages_downtime: Duration::from_millis(predicted_ms.saturating_sub(4)),
             fixed_downtime: Duration::from_millis(4),
             throttle,
             max_throttle: 99,
@@ -172,14 +179,28 @@ mod tests {
 
     #[test]
     fn a_limit_that_the_machine_state_alone_exceeds_is_not_waited_for() {
-        let tight = |predicted_ms| Situation {
+        let tight = |pages_ms: u64| Situation {
             downtime_limit: Duration::from_millis(10),
             fixed_downtime: Duration::from_millis(12),
-            ..situation(predicted_ms, 0)
+            pages_downtime: Duration::from_millis(pages_ms),
+            ..situation(12 + pages_ms, 0)
         };
-        assert_eq!(Adaptive::default().decide(&round(100_000, 0), &tight(12)), Decision::SwitchOver);
-        assert_eq!(Adaptive::default().decide(&round(100, 60), &tight(15)), Decision::SwitchOver);
-        assert_eq!(Adaptive::default().decide(&round(100_000, 40_000), &tight(90)), Decision::AnotherRound);
+        assert_eq!(Adaptive::default().decide(&round(100_000, 0), &tight(0)), Decision::SwitchOver);
+        assert_eq!(Adaptive::default().decide(&round(100, 60), &tight(3)), Decision::SwitchOver);
+        assert_eq!(Adaptive::default().decide(&round(100_000, 40_000), &tight(78)), Decision::AnotherRound);
+    }
+
+    #[test]
+    fn a_round_that_was_slow_does_not_make_a_limit_impossible() {
+        // The state would take 1.7 s at the rate of the last round, and 40 ms at the best.
+        let slow = |pages_ms: u64| Situation {
+            fixed_downtime: Duration::from_millis(45),
+            pages_downtime: Duration::from_millis(pages_ms),
+            ..situation(1700 + pages_ms, 0)
+        };
+        assert_eq!(Adaptive::default().decide(&round(9000, 3000), &slow(400)), Decision::AnotherRound);
+        // Nothing is left that a round could take away.
+        assert_eq!(Adaptive::default().decide(&round(9000, 0), &slow(0)), Decision::SwitchOver);
     }
 
     #[test]

@@ -180,7 +180,10 @@ impl Mover for Qemu {
         let mut stalls = Stalls::default();
         if let Some(console) = &source.console {
             console.wait_ready(PATIENCE)?;
-            stalls.before_ms = Some(ms(console.longest_stall(PATIENCE)?));
+        }
+        source.stand_back()?;
+        if let Some(console) = &source.console {
+            console.forget_stalls(PATIENCE)?;
         }
         drop(warmth);
         let mut destination = self.start(task, Side::Destination)?;
@@ -190,16 +193,18 @@ impl Mover for Qemu {
             machine.stand_back()?;
         }
         if let Some(console) = &source.console {
+            stalls.before_ms = Some(ms(console.longest_stall(PATIENCE)?));
             console.forget_stalls(PATIENCE)?;
         }
         let sent_before = task.network.sent_bytes()?;
         let started = Instant::now();
         source.qmp.command("migrate", &uri(task.network.route()))?;
-        let mut watched = source.watch(started, task.limit, self.setting.switches_to_postcopy())?;
+        let mut watched =
+            source.watch(started, task.limit, self.setting.switches_to_postcopy(), &mut destination.program)?;
         watched.remaining.insert(0, Remaining { seconds: 0.0, bytes: task.subject.bytes, round: 0 });
         if watched.converged {
-            // Only then has everything left the source: its last megabytes still wait in its socket.
-            destination.wait_arrived()?;
+            // Only then has everything left the source: its last megabytes still wait in its socket when it is done.
+            watched.ended = watched.ended.max(destination.wait_arrived()?);
         }
         let wire_bytes = task.network.sent_bytes()? - sent_before;
         let costs = (source.usage(), destination.usage());
@@ -251,15 +256,15 @@ struct Watched {
 }
 
 impl Machine {
-    /// Waits until the destination has everything, and a running guest shows that it lives.
-    fn wait_arrived(&mut self) -> Result<(), BenchError> {
-        match self.qmp.migration_state(&["completed", "failed"], PATIENCE)? {
-            Some((_, state)) if state == "completed" => {}
+    /// Waits until the destination has everything, and a running guest shows that it lives; since when it has.
+    fn wait_arrived(&mut self) -> Result<Instant, BenchError> {
+        let arrived = match self.qmp.migration_state(&["completed", "failed"], PATIENCE)? {
+            Some((arrived, state)) if state == "completed" => arrived,
             other => return Err(BenchError::Wrong(format!("QEMU's destination ended with {other:?}"))),
-        }
+        };
         match &self.console {
-            Some(console) => console.first_beat(PATIENCE).map(drop),
-            None => Ok(()),
+            Some(console) => console.first_beat(PATIENCE).map(|_| arrived),
+            None => Ok(arrived),
         }
     }
 
@@ -279,7 +284,13 @@ impl Machine {
     }
 
     /// Waits until the migration has ended, or cancels it at the limit.
-    fn watch(&mut self, started: Instant, limit: Duration, postcopy: bool) -> Result<Watched, BenchError> {
+    fn watch(
+        &mut self,
+        started: Instant,
+        limit: Duration,
+        postcopy: bool,
+        destination: &mut Program,
+    ) -> Result<Watched, BenchError> {
         let (mut remaining, mut throttle_percent): (Vec<Remaining>, f64) = (Vec::new(), 0.0);
         let mut switched = !postcopy;
         let end = loop {
@@ -290,6 +301,7 @@ impl Machine {
             if left.is_zero() {
                 break self.cancel()?;
             }
+            destination.check()?;
             let report = self.qmp.command("query-migrate", &Value::Null)?;
             let (ram, throttle) = (&report["ram"], report["cpu-throttle-percentage"].as_f64());
             throttle_percent = throttle_percent.max(throttle.unwrap_or(0.0));
@@ -325,4 +337,4 @@ impl Machine {
 }
 
 /// States in which a migration is over.
-const ENDS: [&str; 3] = ["completed", "failed", "cancelled"];
+const ENDS: [&str; 4] = ["completed", "failed", "cancelled", "postcopy-paused"];

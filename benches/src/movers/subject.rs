@@ -94,6 +94,11 @@ impl Memory {
         }
     }
 
+    /// Whether nothing of it can be packed, and nothing has to be sent twice.
+    pub(crate) fn is_incompressible(&self) -> bool {
+        self.content() == Some(Content::Random) && self.load() == Load::Idle
+    }
+
     fn load(&self) -> Load {
         if let Self::Running(_, load) = self { *load } else { Load::Idle }
     }

@@ -5,11 +5,12 @@
 //! rate and the distance keep on their way, so that a sender feels the link and not an endless buffer. All connections share
 //! the rate of their direction. What TCP itself makes of distance is not shown: its two halves are as near as before.
 
+use std::collections::HashMap;
 use std::io::{self, Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -46,7 +47,28 @@ struct Shared {
     /// From whoever dials, and towards it.
     directions: [Direction; 2],
     end: AtomicBool,
-    sockets: Mutex<Vec<TcpStream>>,
+    connections: Mutex<HashMap<u64, [TcpStream; 2]>>,
+    next: AtomicU64,
+}
+
+/// A connection of which a direction is still open; with the last of these its sockets are let go.
+struct Open(Arc<Shared>, u64);
+
+impl Open {
+    /// Ends both directions: one of them can go no further.
+    fn end(&self) {
+        if let Some(sockets) = self.0.lock().get(&self.1) {
+            for socket in sockets {
+                let _ = socket.shutdown(Shutdown::Both);
+            }
+        }
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.lock().remove(&self.1);
+    }
 }
 
 /// All connections' bytes one way.
@@ -97,7 +119,14 @@ impl Relay {
         enter: impl FnOnce() -> io::Result<()> + Send + 'static,
     ) -> io::Result<Self> {
         let directions = [Direction::new(rate), Direction::new(rate)];
-        let shared = Shared { to, delay: rtt / 2, directions, end: false.into(), sockets: Mutex::default() };
+        let shared = Shared {
+            to,
+            delay: rtt / 2,
+            directions,
+            end: false.into(),
+            connections: Mutex::default(),
+            next: AtomicU64::new(0),
+        };
         let shared = Arc::new(shared);
         let (tell, hear) = sync_channel(1);
         let own = Arc::clone(&shared);
@@ -135,7 +164,7 @@ impl Drop for Relay {
         if let Some(accepting) = self.accepting.take() {
             let _ = accepting.join();
         }
-        for socket in self.shared.sockets.lock().unwrap_or_else(PoisonError::into_inner).drain(..) {
+        for socket in self.shared.lock().values().flatten() {
             let _ = socket.shutdown(Shutdown::Both);
         }
     }
@@ -147,7 +176,11 @@ impl Shared {
             match listener.accept() {
                 // A caller whose other end is not there hears it as a closed connection.
                 Ok((near, _)) => drop(self.join(near)),
-                Err(_) => std::thread::sleep(LOOK_UP),
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(LOOK_UP),
+                Err(error) => {
+                    eprintln!("warning: the relay cannot take a connection: {error}");
+                    std::thread::sleep(Duration::from_secs(1));
+                }
             }
         }
     }
@@ -155,20 +188,29 @@ impl Shared {
     fn join(self: &Arc<Self>, near: TcpStream) -> io::Result<()> {
         near.set_nonblocking(false)?;
         let far = TcpStream::connect(self.to)?;
-        for socket in [&near, &far] {
-            socket.set_nodelay(true)?;
-            self.sockets.lock().unwrap_or_else(PoisonError::into_inner).push(socket.try_clone()?);
-        }
-        self.carry(0, near.try_clone()?, far.try_clone()?)?;
-        self.carry(1, far, near)
+        near.set_nodelay(true)?;
+        far.set_nodelay(true)?;
+        let id = self.next.fetch_add(1, Ordering::Relaxed);
+        self.lock().insert(id, [near.try_clone()?, far.try_clone()?]);
+        let open = Arc::new(Open(Arc::clone(self), id));
+        self.carry(0, near.try_clone()?, far.try_clone()?, Arc::clone(&open))?;
+        self.carry(1, far, near, open)
     }
 
-    fn carry(self: &Arc<Self>, direction: usize, from: TcpStream, to: TcpStream) -> io::Result<()> {
+    fn lock(&self) -> MutexGuard<'_, HashMap<u64, [TcpStream; 2]>> {
+        self.connections.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn carry(self: &Arc<Self>, direction: usize, from: TcpStream, to: TcpStream, open: Arc<Open>) -> io::Result<()> {
         let (sender, receiver) = sync_channel(self.directions[direction].most_pieces(self.delay));
         let own = Arc::clone(self);
         let spawn = |work: Box<dyn FnOnce() + Send>| std::thread::Builder::new().name("relay".to_owned()).spawn(work);
         spawn(Box::new(move || own.receive(direction, from, &sender)))?;
-        spawn(Box::new(move || send(to, &receiver)))?;
+        spawn(Box::new(move || {
+            if send(to, &receiver).is_err() {
+                open.end();
+            }
+        }))?;
         Ok(())
     }
 
@@ -184,15 +226,13 @@ impl Shared {
     }
 }
 
-fn send(mut to: TcpStream, pieces: &Receiver<Piece>) {
+fn send(mut to: TcpStream, pieces: &Receiver<Piece>) -> io::Result<()> {
     for (due, piece) in pieces {
         std::thread::sleep(due.saturating_duration_since(Instant::now()));
-        if to.write_all(&piece).is_err() {
-            break;
-        }
+        to.write_all(&piece)?;
     }
     // The end arrives behind the last byte.
-    let _ = to.shutdown(Shutdown::Write);
+    to.shutdown(Shutdown::Write)
 }
 
 #[cfg(test)]

@@ -88,8 +88,9 @@ fn admit(lane: Box<dyn Lane>, key: u64, pending: &Pending, lent: &Lent, events: 
     let hear = move || {
         let mut halves = halves;
         let greeting = hear_greeting(&mut halves);
-        // Whoever is no longer in the list was closed for being late.
-        let in_time = lock(&waiting).get_mut(&key).map(|caller| caller.has_greeted(GREETED_TIMEOUT)).is_some();
+        // Whoever is no longer in the list was closed for being late. From here on `announce` sees to the time; the list's is
+        // longer, so that no lane is closed that the driver has just taken.
+        let in_time = lock(&waiting).get_mut(&key).map(|caller| caller.has_greeted(GREETED_TIMEOUT * 2)).is_some();
         match greeting {
             Some(greeting) if in_time => {
                 announce(&events, LaneKey(key), Box::new(Guest { greeting, halves, peer }), GREETED_TIMEOUT);

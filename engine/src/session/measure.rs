@@ -22,6 +22,8 @@ const HANDOVER_OVERHEAD: Duration = Duration::from_millis(5);
 pub(super) struct Forecast {
     /// Wire bytes per second of the last telling round, or of the fastest if none was.
     wire_rate: f64,
+    /// Of all telling rounds; 0 while there was none.
+    best_rate: f64,
     told: bool,
     /// Wire bytes per page with content.
     bytes_per_page: f64,
@@ -36,6 +38,9 @@ impl Forecast {
         if telling || rate > self.wire_rate {
             self.wire_rate = rate;
         }
+        if telling {
+            self.best_rate = self.best_rate.max(rate);
+        }
         self.told |= telling;
         let with_content = tally.pages - tally.zero_pages;
         if with_content > 0 {
@@ -48,6 +53,13 @@ impl Forecast {
         let per_page = if self.bytes_per_page > 0.0 { self.bytes_per_page } else { PAGE_SIZE as f64 };
         let bytes = dirty_pages as f64 * per_page + state_bytes as f64;
         HANDOVER_OVERHEAD + self.time_for(bytes)
+    }
+
+    /// What of a downtime no round makes shorter, at the best that the link has shown: a round may have been slow for other
+    /// reasons than the link.
+    pub(super) fn fixed_downtime(&self, state_bytes: u64) -> Duration {
+        let rate = if self.best_rate > 0.0 { self.best_rate } else { self.wire_rate.max(UNKNOWN_RATE) };
+        HANDOVER_OVERHEAD + Duration::from_secs_f64((state_bytes as f64 / rate).min(1e9))
     }
 
     /// Downtime that must be granted to a switch-over that was forced: what is left may be unlike anything sent before,

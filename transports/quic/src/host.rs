@@ -23,7 +23,10 @@ const THREADS: usize = 2;
 const LINGER: Duration = Duration::from_secs(2);
 
 /// A peer from which nothing at all comes for so long, with bytes of a lane that is gone under way, is waited for no longer.
-const SILENCE: Duration = Duration::from_millis(500);
+const SILENCE: Duration = Duration::from_secs(1);
+
+/// Or for so many round trips, if those take longer.
+const ROUND_TRIPS: u32 = 6;
 
 /// Time to tell the peer that the connection is over. It is told at once; who does not hear it notices by itself, and
 /// all lanes have ended before.
@@ -150,7 +153,8 @@ async fn fall_silent(connection: &Connection) {
     let heard = || connection.stats().udp_rx.datagrams;
     let mut before = heard();
     loop {
-        tokio::time::sleep(SILENCE).await;
+        // A peer that is far away answers late, and so does one behind a full queue.
+        tokio::time::sleep(SILENCE.max(connection.rtt() * ROUND_TRIPS)).await;
         let now = heard();
         if std::mem::replace(&mut before, now) == now {
             return;

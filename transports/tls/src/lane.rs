@@ -37,6 +37,9 @@ const SMALL: usize = 4 << 10;
 /// Bytes of parts that share a record.
 const SHARED_RECORD: usize = 16 << 10;
 
+/// A peer sends no more records without data one after the other: changes of keys are hundreds of gigabytes apart.
+const MOST_EMPTY: u32 = 32;
+
 /// A TLS connection that carries frames.
 pub(crate) struct TlsLane {
     hold: Hold,
@@ -309,6 +312,8 @@ struct Received {
     incoming: Incoming,
     plaintext: Vec<u8>,
     start: usize,
+    /// Records without data since the last with some.
+    empty: u32,
     peer_closed: bool,
 }
 
@@ -322,7 +327,7 @@ enum Next {
 impl Received {
     fn new(opener: Opener, rest: Remainder) -> Self {
         let Remainder { incoming, plaintext } = rest;
-        Self { opener, incoming, plaintext, start: 0, peer_closed: false }
+        Self { opener, incoming, plaintext, start: 0, empty: 0, peer_closed: false }
     }
 
     /// Fills the slice. If the lane ends before its first byte, that is the lane's end in order where a frame begins.
@@ -366,10 +371,15 @@ impl Received {
                 Opened::Starved => return Ok(Next::Receive),
                 Opened::Placed { used, len } => {
                     *filled += len;
+                    self.empty = if len > 0 { 0 } else { self.empty + 1 };
+                    if self.empty > MOST_EMPTY {
+                        return Err(rustls::Error::General("the peer sends records without data".to_owned()));
+                    }
                     used
                 }
                 Opened::Held { used, data } => {
                     let data = &incoming[data];
+                    self.empty = 0;
                     let (now, later) = data.split_at(data.len().min(into.len() - *filled));
                     into[*filled..][..now.len()].copy_from_slice(now);
                     *filled += now.len();

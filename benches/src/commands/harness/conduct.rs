@@ -103,7 +103,7 @@ impl<'a> Conductor<'a> {
     ) -> Result<(), BenchError> {
         let plan = self.plan;
         let (bytes, name) = (guest.subject.bytes, guest.subject.memory.to_string());
-        if guest.beside_copy {
+        if guest.is_beside_copy() {
             let seconds = network.copy(bytes, link.limit.max(floor(link, bytes) * 3))?;
             eprintln!("  {name:<12} {:<28} {seconds:.2} s", "plain copy");
             self.study.copies.push(PlainCopy { link: link.spec.to_string(), guest: name.clone(), turn, seconds });
@@ -134,7 +134,7 @@ impl<'a> Conductor<'a> {
         turn: u32,
     ) -> Result<Run, BenchError> {
         // What nobody can pack takes as long as the link makes it.
-        let floor = if guest.beside_copy { floor(link, guest.subject.bytes) * 3 / 2 } else { Duration::ZERO };
+        let floor = if guest.is_beside_copy() { floor(link, guest.subject.bytes) * 3 / 2 } else { Duration::ZERO };
         let limit = link.limit.max(floor);
         let started = Instant::now();
         let moved = mover.run(Task { network, subject: &guest.subject, scratch: &self.scratch, limit });

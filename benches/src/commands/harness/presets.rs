@@ -19,8 +19,8 @@ pub(super) struct Parts {
     pub(super) name: &'static str,
     pub(super) links: Vec<LinkPart>,
     pub(super) guests: &'static [&'static str],
-    /// Guests that only ours moves, beside a plain copy of as many bytes.
-    pub(super) beside_copy: &'static [&'static str],
+    /// Guests that only ours moves, for how much of a link it uses.
+    pub(super) ours_alone: &'static [&'static str],
     pub(super) mebibytes: u64,
     pub(super) qemu: &'static [&'static str],
 }
@@ -44,7 +44,7 @@ impl Preset {
                 name: "quick",
                 links: vec![link("100mbit", 1, 30), link("1gbit", 1, 15)],
                 guests: &["idle", "few20", "full60", "full200"],
-                beside_copy: &["random-idle"],
+                ours_alone: &["random-idle"],
                 mebibytes: 256,
                 qemu: &["plain", "multifd-2-zstd", "postcopy"],
             },
@@ -52,7 +52,7 @@ impl Preset {
                 name: "paper",
                 links: vec![link("1gbit", 3, 60), link("100mbit", 1, 100)],
                 guests: &["idle", "few20", "full60", "full200"],
-                beside_copy: &["random-idle"],
+                ours_alone: &["random-idle"],
                 mebibytes: 1024,
                 qemu: &["plain", "multifd-2", "multifd-2-zstd", "xbzrle", "auto-converge", "postcopy"],
             },
@@ -60,7 +60,7 @@ impl Preset {
                 name: "tiny",
                 links: vec![link("500mbit", 1, 60)],
                 guests: &["idle", "few20"],
-                beside_copy: &[],
+                ours_alone: &[],
                 mebibytes: 32,
                 qemu: &["plain"],
             },

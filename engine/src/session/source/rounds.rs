@@ -141,7 +141,9 @@ impl SourceSession {
         let situation = Situation {
             downtime_limit: self.setup.config.downtime_limit,
             predicted_downtime,
-            fixed_downtime: self.forecast.downtime(0, self.setup.state_bytes_estimate),
+            fixed_downtime: self.forecast.fixed_downtime(self.setup.state_bytes_estimate),
+            pages_downtime: predicted_downtime
+                .saturating_sub(self.forecast.downtime(0, self.setup.state_bytes_estimate)),
             throttle: self.throttle,
             max_throttle: self.setup.config.max_throttle.min(99),
         };

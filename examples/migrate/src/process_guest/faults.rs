@@ -153,13 +153,24 @@ impl TrackedRegion {
     }
 }
 
+/// Faults that nobody answers any more: nothing may be protected.
+struct Deserted<'a>(&'a Tracked);
+
+impl Drop for Deserted<'_> {
+    fn drop(&mut self) {
+        self.0.failure.get_or_init(|| Arc::new(TrackingError::Faults(std::io::Error::other("their handler ended"))));
+        let _ = self.0.release();
+    }
+}
+
 impl Tracked {
     /// The handler's work: books faults and opens their pages, until the other end of the pipe is closed.
     fn handle(&self, end: &PipeReader) {
-        if let Err(failure) = self.handle_faults(end) {
-            let _ = self.failure.set(Arc::new(failure));
-            // Nobody answers faults any more: nothing may be protected.
-            let _ = self.release();
+        // Also if it unwinds: vCPUs that nobody answers would wait for ever.
+        let guard = Deserted(self);
+        match self.handle_faults(end) {
+            Ok(()) => std::mem::forget(guard),
+            Err(failure) => drop(self.failure.set(Arc::new(failure))),
         }
     }
 
