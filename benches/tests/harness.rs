@@ -188,7 +188,7 @@ fn a_peer_that_dies_is_a_failed_run_and_the_others_go_on() {
     let deadline = Instant::now() + PATIENCE;
     let receiver = loop {
         let command = |id: &u32| fs::read_to_string(format!("/proc/{id}/cmdline")).unwrap_or_default();
-        let found = children_of(harness.child.id()).into_iter().find(|id| command(id).contains("\0receive\0"));
+        let found = children_of(harness.child.id()).into_iter().find(|id| command(id).contains("\0receive\0--json"));
         match found {
             Some(receiver) => break receiver,
             None if Instant::now() > deadline || harness.child.try_wait().is_ok_and(|ended| ended.is_some()) => {
