@@ -14,7 +14,7 @@ use super::words;
 /// Facts that differ between any two measurements and explain nothing.
 const EPHEMERAL: [&str; 2] = ["date", "load_before"];
 
-/// Reads a file, or every file of a folder whose name ends in `.json`.
+/// Reads a file, or every file of a folder whose name ends in `.json`; remarks belong to the study that they stand beside.
 pub(crate) fn measurement(path: &Path) -> Result<Measurement, BenchError> {
     if !path.is_dir() {
         let value = file::value(path)?;
@@ -46,7 +46,8 @@ pub(crate) fn measurement(path: &Path) -> Result<Measurement, BenchError> {
 fn files(folder: &Path) -> Result<Vec<PathBuf>, BenchError> {
     let entries = std::fs::read_dir(folder).map_err(|source| BenchError::File { path: folder.to_owned(), source })?;
     let paths = entries.flatten().map(|entry| entry.path());
-    let mut found: Vec<PathBuf> = paths.filter(|path| path.extension().is_some_and(|end| end == "json")).collect();
+    let measured = |path: &PathBuf| path.extension().is_some_and(|end| end == "json") && !file::holds_remarks(path);
+    let mut found: Vec<PathBuf> = paths.filter(measured).collect();
     found.sort();
     Ok(found)
 }
@@ -182,6 +183,18 @@ mod tests {
         assert_eq!((found.series[0].name.as_str(), found.series[0].sample.len()), ("zero: time", 2));
         assert_eq!(found.facts.len(), 2);
         assert!(of_record(&json!({"series": []})).is_none());
+    }
+
+    #[test]
+    fn remarks_in_a_folder_are_no_measurement_that_was_skipped() {
+        let scratch = crate::scratch::Scratch::new().unwrap();
+        let study = scratch.file("harness-x.json");
+        std::fs::write(&study, serde_json::to_string(&example::alone()).unwrap()).unwrap();
+        std::fs::write(scratch.file("harness-x.remarks.json"), "[]").unwrap();
+        std::fs::write(scratch.file("other.json"), "[]").unwrap();
+        let found = measurement(study.parent().unwrap()).unwrap();
+        assert_eq!(found.series.len(), measurement(&study).unwrap().series.len());
+        assert!(found.skipped.len() == 1 && found.skipped[0].contains("other.json"), "{:?}", found.skipped);
     }
 
     #[test]

@@ -7,18 +7,26 @@ use serde_json::Value;
 use super::{FORMAT, Remark, Study};
 use crate::BenchError;
 
+/// What replaces `json` in the name of a study's remarks.
+const REMARKS: &str = "remarks.json";
+
 /// Reads a study, and refuses what is none, or one of another form. Why ours is behind stands in a file beside it, if
 /// somebody has looked into it: `harness-paper.remarks.json` for `harness-paper.json`, a list of objects with `link`, `guest`,
 /// `quantity` and `text`.
 pub(crate) fn read(path: &Path) -> Result<Study, BenchError> {
     let mut study = parse(&value(path)?).map_err(|reason| refused(path, &reason))?;
-    let beside = path.with_extension("remarks.json");
+    let beside = path.with_extension(REMARKS);
     if beside.exists() {
         let remarks: Vec<Remark> = serde_json::from_value(value(&beside)?)
             .map_err(|error| BenchError::Tool(format!("{} holds no remarks: {error}", beside.display())))?;
         study.remarks.extend(remarks);
     }
     Ok(study)
+}
+
+/// Whether a file is named as remarks beside a study are.
+pub(crate) fn holds_remarks(path: &Path) -> bool {
+    path.file_name().is_some_and(|name| name.to_string_lossy().ends_with(&format!(".{REMARKS}")))
 }
 
 /// Reads a file of JSON.
