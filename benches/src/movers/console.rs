@@ -44,6 +44,23 @@ pub(super) struct Beat {
     pub(super) at: Instant,
     /// By the guest's.
     pub(super) tsc: u64,
+    /// Pages that it has written so far.
+    pub(super) writes: u64,
+}
+
+impl Beat {
+    fn parse(at: Instant, line: &str) -> Option<Self> {
+        let fields = line.strip_prefix("hb ")?;
+        let field = |name: &str| fields.split(' ').find_map(|field| field.strip_prefix(name));
+        let tsc = u64::from_str_radix(field("tsc=")?, 16).ok()?;
+        Some(Self { at, tsc, writes: field("writes=")?.parse().ok()? })
+    }
+
+    /// Pages that the guest wrote per second since an earlier beat; nothing if this is the same one.
+    pub(super) fn pages_per_second_since(self, earlier: Self) -> Option<f64> {
+        let seconds = self.at.saturating_duration_since(earlier.at).as_secs_f64();
+        (seconds > 0.0).then(|| self.writes.saturating_sub(earlier.writes) as f64 / seconds)
+    }
 }
 
 impl Console {
@@ -72,13 +89,13 @@ impl Console {
     /// The first heartbeat.
     pub(super) fn first_beat(&self, patience: Duration) -> Result<Beat, BenchError> {
         let (at, line) = self.wait_for(0, "hb ", patience)?;
-        Ok(Beat { at, tsc: tsc(&line).unwrap_or(0) })
+        Beat::parse(at, &line).ok_or_else(|| BenchError::Tool(format!("the guest under QEMU says {line:?}")))
     }
 
     /// The last heartbeat so far.
     pub(super) fn last_beat(&self) -> Option<Beat> {
         let log = self.lock();
-        log.lines.iter().rev().find_map(|(at, line)| Some(Beat { at: *at, tsc: tsc(line)? }))
+        log.lines.iter().rev().find_map(|(at, line)| Beat::parse(*at, line))
     }
 
     /// The longest time between two looks at the clock since the last time that the guest was asked to forget it.
@@ -175,12 +192,6 @@ impl Drop for Console {
     }
 }
 
-/// The guest's clock in a heartbeat line.
-fn tsc(line: &str) -> Option<u64> {
-    let rest = line.strip_prefix("hb ")?.split_once("tsc=")?.1;
-    u64::from_str_radix(rest.split(' ').next()?, 16).ok()
-}
-
 /// What went by between two heartbeats that the guest's clock does not know of: QEMU stops it with the guest.
 pub(super) fn hidden(before: Beat, after: Beat, tsc_khz: u64) -> Duration {
     let by_guest = after.tsc.saturating_sub(before.tsc) as f64 / (tsc_khz.max(1) as f64 * 1e3);
@@ -201,9 +212,11 @@ mod tests {
         let scratch = Scratch::new().unwrap();
         let console = Console::listen(scratch.fresh("serial")).unwrap();
         let mut guest = UnixStream::connect(console.path()).unwrap();
-        guest.write_all(b"boot ram=1 data=1\r\nready ms=5\nhb 1 tsc=ff stall_us=3 writes=0\n").unwrap();
+        guest.write_all(b"boot ram=1 data=1\r\nready ms=5\nhb n=1 tsc=ff stall_us=3 writes=9\n").unwrap();
         console.wait_ready(PATIENCE).unwrap();
-        assert_eq!(console.first_beat(PATIENCE).unwrap().tsc, 255);
+        let beat = console.first_beat(PATIENCE).unwrap();
+        assert_eq!((beat.tsc, beat.writes), (255, 9));
+        assert_eq!(console.last_beat(), Some(beat));
         let answering = std::thread::spawn(move || {
             let mut asked = [0; 4];
             for (index, answer) in
@@ -230,9 +243,11 @@ mod tests {
     #[test]
     fn the_time_that_a_guest_slept_through_is_the_difference_of_two_clocks() {
         let at = Instant::now();
-        let before = Beat { at, tsc: 1_000 };
-        let after = Beat { at: at + Duration::from_millis(900), tsc: 1_000 + 2_000_000 * 250 };
+        let before = Beat { at, tsc: 1_000, writes: 10 };
+        let after = Beat { at: at + Duration::from_millis(900), tsc: 1_000 + 2_000_000 * 250, writes: 100 };
         assert_eq!(hidden(before, after, 2_000_000), Duration::from_millis(650));
         assert_eq!(hidden(after, before, 2_000_000), Duration::ZERO);
+        assert_eq!(after.pages_per_second_since(before), Some(100.0));
+        assert_eq!(before.pages_per_second_since(before), None);
     }
 }

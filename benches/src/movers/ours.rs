@@ -167,6 +167,7 @@ impl Mover for Ours {
             destination: if converged { usage(&arrived, "destination") } else { receiver.usage(VCPUS) },
             rounds: report["rounds"].as_array().map_or(0, |rounds| rounds.len() as u64),
             throttle_percent: number(&report, "/throttle_peak_percent")?,
+            guest_bytes_per_second: report["guest_pages_per_second"].as_f64().map(|pages| pages * PAGE as f64),
             verified: proofs(&report, &arrived),
             stages: stages(&report["stages"]),
             converged,

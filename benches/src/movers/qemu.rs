@@ -30,6 +30,8 @@ const VCPUS: &str = "CPU ";
 /// What their niceness is: a tenth of the CPU time of others that want it.
 const VCPU_NICENESS: i32 = 10;
 
+const PAGE: f64 = 4096.0;
+
 /// Between two looks at how much is left.
 const LOOK: Duration = Duration::from_millis(250);
 
@@ -196,6 +198,7 @@ impl Mover for Qemu {
             stalls.before_ms = Some(ms(console.longest_stall(PATIENCE)?));
             console.forget_stalls(PATIENCE)?;
         }
+        let working = source.console.as_ref().and_then(Console::last_beat);
         let sent_before = task.network.sent_bytes()?;
         let started = Instant::now();
         source.qmp.command("migrate", &uri(task.network.route()))?;
@@ -207,6 +210,8 @@ impl Mover for Qemu {
             watched.ended = watched.ended.max(destination.wait_arrived()?);
         }
         let wire_bytes = task.network.sent_bytes()? - sent_before;
+        let worked = source.console.as_ref().and_then(Console::last_beat);
+        let pages_per_second = working.zip(worked).and_then(|(before, after)| after.pages_per_second_since(before));
         let costs = (source.usage(), destination.usage());
         let report = source.qmp.command("query-migrate", &Value::Null)?;
         let mut verified = Vec::new();
@@ -228,6 +233,7 @@ impl Mover for Qemu {
             destination: costs.1,
             rounds: report["ram"]["dirty-sync-count"].as_u64().unwrap_or(0),
             throttle_percent: watched.throttle_percent,
+            guest_bytes_per_second: pages_per_second.map(|pages| pages * PAGE),
             verified,
             stages: Vec::new(),
             converged: watched.converged,

@@ -10,6 +10,9 @@ use super::words;
 /// A standstill of so many times what is allowed was forced, not chosen.
 const FORCED: f64 = 2.0;
 
+/// A guest that does less of its work than this while it is moved has been slowed so that a person would notice.
+const NOTICEABLE: f64 = 0.95;
+
 /// One guest over all links.
 #[derive(Clone, Debug)]
 pub(crate) struct Answer<'a> {
@@ -69,6 +72,10 @@ fn besides(group: &Group<'_>, downtime: f64) -> Vec<String> {
     let throttle = group.median_of(|run| run.throttle_percent);
     if throttle > 0.0 {
         said.push(format!("slowed by up to {} %", words::count(throttle)));
+    }
+    let worked = group.worked();
+    if worked < NOTICEABLE {
+        said.push(format!("did {} of its writes meanwhile", words::percent(worked)));
     }
     if group.standing.unverified > 0 {
         said.push("memory not verified".to_owned());
@@ -131,12 +138,20 @@ mod tests {
         let mut study = example::small(&[240.0]);
         study.runs[0].downtime_ms = Some(2600.0);
         study.runs[0].throttle_percent = 80.0;
+        study.guests[0].dirty_bytes_per_second = 100;
+        study.runs[0].guest_bytes_per_second = Some(31.0);
         let words = answers(&study)[0].parts[0].in_words();
-        assert_eq!(words, "240 s over 100 Mbit/s (forced to stand still for 2.60 s, slowed by up to 80 %)");
+        assert_eq!(
+            words,
+            "240 s over 100 Mbit/s (forced to stand still for 2.60 s, slowed by up to 80 %, did 31 % of its writes meanwhile)"
+        );
         assert_eq!(answers(&study)[0].parts[0].theirs, None);
         study.runs[0].end = End::GivenUp;
         let words = answers(&study)[0].parts[0].in_words();
-        assert_eq!(words, "given up after 240 s over 100 Mbit/s (slowed by up to 80 %)");
+        assert_eq!(
+            words,
+            "given up after 240 s over 100 Mbit/s (slowed by up to 80 %, did 31 % of its writes meanwhile)"
+        );
         assert!(standing(&verdict::duels(&study)).is_none());
     }
 }

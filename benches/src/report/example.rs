@@ -231,6 +231,8 @@ fn run(link: &Link, guest: &Guest, mover: &Mover, turn: u32, noise: &mut Noise) 
         source: cost(0.7, noise),
         destination: cost(0.3, noise),
         throttle_percent: 0.0,
+        guest_bytes_per_second: (guest.dirty_bytes_per_second > 0)
+            .then_some(guest.dirty_bytes_per_second as f64 * 0.98 * noise.factor()),
         verified: if completed { vec![Proof::Digest, Proof::GuestCheck] } else { Vec::new() },
         stages: stages(mover, wire_bytes, share),
     }

@@ -155,6 +155,16 @@ pub(crate) fn is_verified(run: &Run) -> bool {
     run.verified.iter().any(|proof| *proof != Proof::Alive)
 }
 
+/// How much of what it was to write the guest wrote in a run, from 0 to 1. One that has fallen behind catches up, so
+/// more than all counts as all.
+pub(crate) fn worked(guest: &Guest, run: &Run) -> f64 {
+    let wanted = guest.dirty_bytes_per_second;
+    if wanted == 0 {
+        return f64::NAN;
+    }
+    run.guest_bytes_per_second.map_or(f64::NAN, |wrote| (wrote / wanted as f64).min(1.0))
+}
+
 /// All runs of a mover in a cell; at least one.
 #[derive(Clone, Debug)]
 pub(crate) struct Group<'a> {
@@ -188,6 +198,12 @@ impl<'a> Group<'a> {
 
     pub(crate) fn median_of(&self, part: impl Fn(&Run) -> f64) -> f64 {
         Sample::new(self.counted().map(part)).median()
+    }
+
+    /// How much of what it was to write the guest wrote while it was moved, from 0 to 1; NaN for an idle guest, and where
+    /// nobody knows.
+    pub(crate) fn worked(&self) -> f64 {
+        self.median_of(|run| worked(self.guest, run))
     }
 
     fn counted(&self) -> impl Iterator<Item = &'a Run> {
@@ -251,6 +267,19 @@ mod tests {
         study.runs[0].verified = vec![Proof::Alive];
         assert!(!is_verified(&study.runs[0]));
         assert_eq!(Standing::of(&study.runs).trouble().unwrap(), "not verified");
+    }
+
+    #[test]
+    fn work_is_a_share_of_what_was_asked() {
+        let mut study = example::full();
+        let guest = study.guests.iter().find(|guest| guest.name == "full60").unwrap().clone();
+        let run = &mut study.runs[0];
+        run.guest_bytes_per_second = Some(f64::from(15 << 20));
+        assert!((worked(&guest, run) - 0.25).abs() < 1e-9);
+        run.guest_bytes_per_second = Some(f64::from(61 << 20));
+        assert!((worked(&guest, run) - 1.0).abs() < 1e-9);
+        run.guest_bytes_per_second = None;
+        assert!(worked(&guest, run).is_nan() && worked(&study.guests[0], &study.runs[0]).is_nan());
     }
 
     #[test]

@@ -10,24 +10,24 @@ use super::group::{Group, Quantity, cell};
 use super::verdict::{NO_REASON, duels, losses};
 use super::words;
 
-const TITLES: [&str; 9] = ["guest", "mover", "time", "downtime", "stall", "wire", "CPU", "passes", "slowed"];
+const TITLES: [&str; 10] = ["guest", "mover", "time", "downtime", "stall", "wire", "CPU", "passes", "slowed", "worked"];
 
 /// The table, what the marks in it mean, and where ours is behind.
 pub(crate) fn table(study: &Study) -> String {
     let mut text = String::new();
-    let mut rows: Vec<(usize, [String; 9])> = Vec::new();
+    let mut rows: Vec<(usize, [String; 10])> = Vec::new();
     for (index, link) in study.links.iter().enumerate() {
         for guest in &study.guests {
             let groups = cell(study, link, guest);
             rows.extend(groups.iter().enumerate().map(|(place, group)| (index, row(group, place == 0))));
         }
     }
-    let widths: [usize; 9] = std::array::from_fn(|column| {
+    let widths: [usize; 10] = std::array::from_fn(|column| {
         let cells = rows.iter().map(|(_, row)| row[column].chars().count());
         cells.chain([TITLES[column].len()]).max().unwrap_or(0)
     });
     for (index, link) in study.links.iter().enumerate() {
-        let here: Vec<&[String; 9]> = rows.iter().filter(|(of, _)| *of == index).map(|(_, row)| row).collect();
+        let here: Vec<&[String; 10]> = rows.iter().filter(|(of, _)| *of == index).map(|(_, row)| row).collect();
         if here.is_empty() {
             continue;
         }
@@ -70,7 +70,7 @@ fn put(text: &mut String, words: std::fmt::Arguments<'_>) {
     let _ = text.write_fmt(words);
 }
 
-fn row(group: &Group<'_>, first: bool) -> [String; 9] {
+fn row(group: &Group<'_>, first: bool) -> [String; 10] {
     let shown = |quantity: Quantity| {
         let median = group.sample(quantity).median();
         if median.is_finite() { quantity.shown(median) } else { words::NOTHING.to_owned() }
@@ -91,10 +91,11 @@ fn row(group: &Group<'_>, first: bool) -> [String; 9] {
         shown(Quantity::Cpu),
         words::count(group.median_of(|run| run.rounds as f64)),
         if throttle > 0.0 { format!("{throttle:.0} %") } else { words::NOTHING.to_owned() },
+        words::percent(group.worked()),
     ]
 }
 
-fn aligned(cells: &[String; 9], widths: &[usize; 9]) -> String {
+fn aligned(cells: &[String; 10], widths: &[usize; 10]) -> String {
     let mut line = String::from(" ");
     for (index, (cell, width)) in cells.iter().zip(widths).enumerate() {
         match index {
@@ -105,7 +106,7 @@ fn aligned(cells: &[String; 9], widths: &[usize; 9]) -> String {
     line.trim_end().to_owned() + "\n"
 }
 
-fn key(rows: &[(usize, [String; 9])]) -> String {
+fn key(rows: &[(usize, [String; 10])]) -> String {
     let has = |mark: &str| rows.iter().any(|(_, row)| row[1].ends_with(mark));
     let mut text = String::new();
     if has(" !") {

@@ -136,6 +136,10 @@ pub(crate) struct Run {
     pub(crate) destination: Cost,
     /// The strongest throttle of the guest.
     pub(crate) throttle_percent: f64,
+    /// Bytes of pages that the guest wrote per second at the source while it was moved, by its own count; nothing for a
+    /// guest that does not tell, or a migration too short for that.
+    #[serde(default)]
+    pub(crate) guest_bytes_per_second: Option<f64>,
     /// What proved that memory arrived as it was; nothing if that was not possible.
     pub(crate) verified: Vec<Proof>,
     /// Where the bytes of the guest went; empty if the engine does not say.

@@ -1,6 +1,6 @@
 //! A guest as the roles see it, whichever kind it is: something to migrate, and to question.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::vm::{DestinationVm, SourceVm, VmResult};
 
@@ -16,6 +16,23 @@ pub(crate) enum SelfCheck {
     Wrong(String),
     /// This guest does not know what its memory must hold (a Linux of the user's).
     Unable,
+}
+
+/// How much a guest had written when it said so.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub(crate) struct Written {
+    /// When it was heard.
+    pub(crate) at: Instant,
+    /// Writes of a page since the guest began its work; a page written twice counts twice.
+    pub(crate) pages: u64,
+}
+
+impl Written {
+    /// Pages per second since an earlier word; nothing if none was heard since.
+    pub(crate) fn rate_since(self, earlier: Self) -> Option<f64> {
+        let seconds = self.at.saturating_duration_since(earlier.at).as_secs_f64();
+        (seconds > 0.0).then(|| self.pages.saturating_sub(earlier.pages) as f64 / seconds)
+    }
 }
 
 /// Questions to a guest, on whichever side it is.
@@ -38,6 +55,9 @@ pub(crate) trait Guest {
     /// `None` when this guest does not tell.
     fn longest_stall(&mut self) -> VmResult<Option<Duration>>;
 
+    /// The guest's last word on how much it has written; `None` when it has not told yet, or does not tell.
+    fn written(&self) -> Option<Written>;
+
     /// Has the guest compare every byte of its memory with what it must hold.
     fn self_check(&mut self) -> VmResult<SelfCheck>;
 }
@@ -51,3 +71,17 @@ impl<T: Guest + SourceVm> SourceGuest for T {}
 pub(crate) trait DestinationGuest: Guest + DestinationVm {}
 
 impl<T: Guest + DestinationVm> DestinationGuest for T {}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_rate_is_between_two_words() {
+        let at = Instant::now();
+        let first = Written { at, pages: 100 };
+        let second = Written { at: at + Duration::from_millis(500), pages: 1_100 };
+        assert_eq!(second.rate_since(first), Some(2_000.0));
+        assert_eq!(first.rate_since(first), None, "nothing was heard since");
+    }
+}

@@ -70,6 +70,7 @@ fn the_report_is_complete_and_its_numbers_agree() {
     assert!((sum - number(&report["downtime_ms"])).abs() < 0.001, "{report}");
     assert!(number(&report["total_ms"]) >= number(&report["downtime_ms"]), "{report}");
     assert!(number(&report["guest_longest_stall_ms"]) > 0.0, "{report}");
+    assert!(number(&report["guest_pages_per_second"]) > 0.0, "{report}");
 
     let rounds = report["rounds"].as_array().unwrap();
     let count = |value: &Value| value.as_u64().unwrap_or_else(|| panic!("{value} is not a count"));

@@ -153,6 +153,7 @@ impl<'a> Conductor<'a> {
             source: Cost::default(),
             destination: Cost::default(),
             throttle_percent: 0.0,
+            guest_bytes_per_second: None,
             verified: Vec::new(),
             stages: Vec::new(),
         };
@@ -234,6 +235,7 @@ fn measured(run: Run, moved: Moved) -> Run {
         source: cost(moved.source),
         destination: cost(moved.destination),
         throttle_percent: moved.throttle_percent,
+        guest_bytes_per_second: moved.guest_bytes_per_second,
         verified: moved.verified,
         stages: moved.stages,
         ..run

@@ -222,6 +222,7 @@ pub(super) mod tests {
             destination,
             rounds: 2,
             throttle_percent: 0.0,
+            guest_bytes_per_second: None,
             verified: Vec::new(),
             stages: Vec::new(),
             converged,

@@ -3,7 +3,7 @@
 use crate::study::model::Expected;
 use crate::study::{End, Link, Run, Study, Writes};
 
-use super::super::group::{Quantity, is_verified};
+use super::super::group::{Quantity, is_verified, worked};
 use super::super::markup::Element;
 use super::super::outlook::{RATES, cpu_costs, expected, fastest_link};
 use super::super::verdict::{Against, Duel, Judgement, Row};
@@ -226,8 +226,17 @@ pub(super) fn runs(study: &Study) -> Element {
         "peak source",
         "peak dest.",
         "slowed",
+        "worked",
     ];
-    table("", &header, study.runs.iter().map(run).collect::<Vec<_>>())
+    let row = |run: &Run| {
+        let guest = study.guests.iter().find(|guest| guest.name == run.guest);
+        let worked = guest.map_or(f64::NAN, |guest| worked(guest, run));
+        let mut cells = self::run(run);
+        cells.push(cell("").text(words::percent(worked)));
+        cells
+    };
+    let caption = "Slowed: the strongest throttle. Worked: how much of what it was to write the guest wrote meanwhile.";
+    table(caption, &header, study.runs.iter().map(row).collect::<Vec<_>>())
 }
 
 fn run(run: &Run) -> Vec<Element> {

@@ -14,7 +14,7 @@ use super::devices::Devices;
 use super::error::MachineError;
 use super::source::LiveGuest;
 use super::watch::Watch;
-use crate::guest::{Guest, SelfCheck};
+use crate::guest::{Guest, SelfCheck, Written};
 use crate::workload::line::Line;
 use crate::workload::ports::Command;
 
@@ -179,6 +179,10 @@ impl Guest for LiveGuest {
         self.handle().heartbeats()
     }
 
+    fn written(&self) -> Option<Written> {
+        self.handle().watch.written()
+    }
+
     fn reset_stall(&mut self) -> VmResult<()> {
         Ok(self.handle().reset_stall()?)
     }
@@ -203,6 +207,10 @@ impl Guest for ArrivingGuest {
 
     fn heartbeats(&self) -> Option<u64> {
         self.handle()?.heartbeats()
+    }
+
+    fn written(&self) -> Option<Written> {
+        self.handle()?.watch.written()
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {

@@ -1,11 +1,12 @@
 //! What the host sees of a guest: its lines, its heartbeats and its end.
 
 use std::sync::Mutex;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use crossbeam_channel::{Receiver, Sender, unbounded};
 
 use super::devices::lock;
+use crate::guest::Written;
 use crate::workload::line::Line;
 
 /// Collects what the guest does; shared by the devices and everyone who listens.
@@ -22,6 +23,7 @@ struct Seen {
     left_ns: Option<u64>,
     gap_across: Duration,
     ready: bool,
+    written: Option<Written>,
     end: Option<String>,
 }
 
@@ -48,7 +50,11 @@ impl Watch {
 
     pub(super) fn line(&self, text: &str) {
         let mut seen = lock(&self.0);
-        seen.ready |= matches!(Line::parse(text), Some(Line::Ready { .. }));
+        match Line::parse(text) {
+            Some(Line::Ready { .. }) => seen.ready = true,
+            Some(Line::Heartbeat { writes, .. }) => seen.written = Some(Written { at: Instant::now(), pages: writes }),
+            _ => {}
+        }
         seen.listeners.retain(|listener| listener.send(text.to_owned()).is_ok());
     }
 
@@ -79,6 +85,11 @@ impl Watch {
     /// The payload's heartbeats on this side.
     pub(super) fn beats(&self) -> u64 {
         lock(&self.0).beats
+    }
+
+    /// What the payload's last line of a heartbeat on this side says.
+    pub(super) fn written(&self) -> Option<Written> {
+        lock(&self.0).written
     }
 
     /// The payload has filled its memory.
@@ -136,6 +147,18 @@ mod tests {
         assert_eq!(heard, ["one", "two"]);
         assert_eq!(watch.end().as_deref(), Some("it was reset"));
         assert!(watch.listen().recv().is_err(), "nobody waits for a guest that has ended");
+    }
+
+    #[test]
+    fn the_payload_says_how_much_it_has_written() {
+        let watch = Watch::default();
+        assert_eq!(watch.written(), None);
+        watch.line("hb n=1 tsc=ff stall_us=3 writes=7");
+        let first = watch.written().unwrap();
+        watch.line("hb n=2 tsc=fff stall_us=3 writes=19");
+        let second = watch.written().unwrap();
+        assert_eq!((first.pages, second.pages), (7, 19));
+        assert!(second.at >= first.at);
     }
 
     #[test]

@@ -12,7 +12,7 @@ use super::image::Seal;
 use super::ram::Ram;
 use super::state::{Description, State};
 use super::vcpus::Vcpus;
-use crate::guest::{Guest, SelfCheck};
+use crate::guest::{Guest, SelfCheck, Written};
 use crate::workload::params::Params;
 
 /// A place for a process guest.
@@ -93,6 +93,10 @@ impl Guest for ArrivingProcessGuest {
 
     fn heartbeats(&self) -> Option<u64> {
         self.vcpus.as_ref().map(|vcpus| vcpus.heart().beats())
+    }
+
+    fn written(&self) -> Option<Written> {
+        self.vcpus.as_ref().map(Vcpus::written)
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {

@@ -14,7 +14,7 @@ use super::ram::Ram;
 use super::state::{Description, bytes_of};
 use super::tracker::{ProcessTracker, Tracking};
 use super::vcpus::Vcpus;
-use crate::guest::{Guest, SelfCheck};
+use crate::guest::{Guest, SelfCheck, Written};
 use crate::workload::params::Params;
 
 /// A process guest that runs here and can be migrated away.
@@ -104,6 +104,10 @@ impl Guest for ProcessGuest {
 
     fn heartbeats(&self) -> Option<u64> {
         Some(self.vcpus.heart().beats())
+    }
+
+    fn written(&self) -> Option<Written> {
+        Some(self.vcpus.written())
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {

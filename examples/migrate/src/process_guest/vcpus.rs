@@ -12,7 +12,7 @@ use super::heart::{BEAT, Heart, HeartState};
 use super::image::{Image, ImageError, Seal};
 use super::ram::Ram;
 use super::state::State;
-use crate::guest::SelfCheck;
+use crate::guest::{SelfCheck, Written};
 use crate::workload::page::{Mismatch, PAGE_BYTES};
 use crate::workload::params::Params;
 use crate::workload::sweep::{Pace, Sweep};
@@ -115,6 +115,12 @@ impl Vcpus {
     /// Lets them go on.
     pub(super) fn release(&self) {
         self.work.gate.release();
+    }
+
+    /// What all threads have written by now.
+    pub(super) fn written(&self) -> Written {
+        let pages = self.work.steps.iter().map(|steps| steps.load(Ordering::Relaxed)).sum();
+        Written { at: Instant::now(), pages }
     }
 
     pub(super) fn throttle(&self, percent: u8) {

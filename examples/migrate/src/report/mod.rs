@@ -94,6 +94,10 @@ pub(crate) struct FinalReport {
     pub(crate) guest_longest_stall_ms: Option<f64>,
     /// The same, by when it was; the first is no part of it.
     pub(crate) guest_stalls_ms: GuestStalls,
+    /// Pages that the guest wrote per second at the source while it was migrated. The built-in KVM guest tells it a few
+    /// times a second: `null` for a migration shorter than that, or a guest that does not tell.
+    #[serde(default)]
+    pub(crate) guest_pages_per_second: Option<f64>,
     /// Heartbeats after the migration, on the side that has the guest.
     pub(crate) guest_heartbeats_after: Option<u64>,
     /// Every pass over the memory. Known at the source.
@@ -265,6 +269,7 @@ impl FinalReport {
             downtime_parts_ms: knows_downtime.then(|| DowntimeParts::from(&report.downtime)),
             guest_longest_stall_ms: None,
             guest_stalls_ms: GuestStalls::default(),
+            guest_pages_per_second: None,
             guest_heartbeats_after: None,
             rounds: report.rounds.iter().map(RoundLine::from).collect(),
             wire_bytes: report.wire_bytes,

@@ -98,6 +98,7 @@ mod tests {
 
     use super::*;
     use crate::cli::ExitStatus;
+    use crate::guest::Written;
     use crate::report::Role;
 
     /// A guest that tells nothing about itself, like a Linux of the user's.
@@ -113,6 +114,9 @@ mod tests {
             self.end.map(str::to_owned)
         }
         fn heartbeats(&self) -> Option<u64> {
+            None
+        }
+        fn written(&self) -> Option<Written> {
             None
         }
         fn reset_stall(&mut self) -> VmResult<()> {

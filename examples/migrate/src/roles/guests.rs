@@ -20,7 +20,7 @@ use super::console;
 use super::handover::{self, NothingToTrack, SharedView};
 use crate::cli::units::{show_bytes, show_count};
 use crate::cli::{Backing, GuestKind, GuestOptions};
-use crate::guest::{DestinationGuest, Guest, SelfCheck, SourceGuest};
+use crate::guest::{DestinationGuest, Guest, SelfCheck, SourceGuest, Written};
 use crate::machine::{
     Allowance, ArrivalConfig, ArrivingGuest, BootImage, Boots, ConsoleEnds, GuestBacking, GuestConfig, LiveGuest,
     NoRoom, check_room, check_size,
@@ -295,6 +295,10 @@ impl Guest for AnySource {
         self.guest.heartbeats()
     }
 
+    fn written(&self) -> Option<Written> {
+        self.guest.written()
+    }
+
     fn reset_stall(&mut self) -> VmResult<()> {
         self.guest.reset_stall()
     }
@@ -468,6 +472,10 @@ impl Guest for AnyDestination {
 
     fn heartbeats(&self) -> Option<u64> {
         self.guest.as_ref()?.heartbeats()
+    }
+
+    fn written(&self) -> Option<Written> {
+        self.guest.as_ref()?.written()
     }
 
     fn reset_stall(&mut self) -> VmResult<()> {

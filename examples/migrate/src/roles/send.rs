@@ -147,15 +147,18 @@ pub(super) fn migrate(
     let stall_before = afterwards::longest_stall(guest);
     // A guest that cannot forget its earlier stalls still tells a bound.
     let _ = guest.reset_stall();
+    let written = guest.written();
     let clock = CostClock::start();
     let source = way.source(screen);
     let result = source.run(guest, Arc::clone(dialer), operator.control());
+    let pages_per_second = written.zip(guest.written()).and_then(|(before, after)| after.rate_since(before));
     let cost = clock.stop(Some(&*guest.memory()));
     operator.forget_cancel();
     let ask = |session| source.settle(guest, Arc::clone(dialer), operator.control(), session);
     let result = settle(result, way.linger, operator, screen, ask);
     let mut report = FinalReport::new(way.role, &result);
     report.guest_stalls_ms.before = stall_before;
+    report.guest_pages_per_second = pages_per_second;
     report.charge(&cost);
     report
 }
