@@ -104,18 +104,19 @@ fn is_as_good_as_it_gets(situation: &Situation) -> bool {
     beyond || *pages_downtime <= predicted_downtime.mul_f64(NEXT_TO_NOTHING)
 }
 
-/// The throttle that would make the next round half as long, or one step more if that is higher.
+/// The throttle that makes the next round half as long, or one step more if that is higher.
 ///
-/// A guest that dirties `d` bytes a second over a link that carries `r` shrinks its rounds by
-/// `d / r`; taking the share `1 - r / 2d` of its time away makes that one half. Half of the way
-/// there is gone at once, since dirty rates are guesses.
+/// A guest that writes `d` bytes of pages a second over a link that carries `r` shrinks its rounds by
+/// `d / r`; taking the share `1 - r / 2d` of its time away makes that one half. `d` is the rate at which it was
+/// seen to write, and not what was dirty in the end: a guest that has written all of its working set before a
+/// round is over looks as if it wrote no faster than the link carries.
 fn next_throttle(round: &RoundReport, situation: &Situation) -> u8 {
     let step = if situation.throttle == 0 { THROTTLE_START } else { situation.throttle.saturating_add(THROTTLE_STEP) };
     let carried = round.wire_rate * round.bytes as f64 / (round.wire_bytes.max(1)) as f64;
     let running = 1.0 - f64::from(situation.throttle) / 100.0;
-    let needed = if round.dirty_rate > 0.0 { 1.0 - running * carried / (2.0 * round.dirty_rate) } else { 0.0 };
-    let half_way = f64::midpoint(f64::from(situation.throttle), needed * 100.0);
-    let wanted = step.max(half_way.clamp(0.0, 99.0) as u8);
+    let writes = round.write_rate.max(round.dirty_rate);
+    let needed = if writes > 0.0 { 1.0 - running * carried / (2.0 * writes) } else { 0.0 };
+    let wanted = step.max((needed * 100.0).clamp(0.0, 99.0) as u8);
     wanted.min(situation.max_throttle)
 }
 
@@ -175,6 +176,20 @@ mod tests {
         }
         assert_eq!(throttle, 99);
         assert_eq!(policy.decide(&round(50_000, 50_000), &situation(9000, 99)), Decision::AnotherRound);
+    }
+
+    /// A round of 9 s in which the guest wrote its whole working set several times over.
+    #[test]
+    fn a_working_set_that_rounds_outlast_does_not_hide_how_fast_it_is_written() {
+        let mut policy = Adaptive::default();
+        let all = RoundReport { dirty_rate: 24e6, write_rate: 60e6, ..round(50_000, 50_000) };
+        let all = RoundReport { wire_rate: 12e6, wire_bytes: all.bytes / 2, ..all };
+        assert_eq!(policy.decide(&all, &situation(9000, 0)), Decision::AnotherRound);
+        // Four fifths less of 60 MB/s is half of what the link carries.
+        assert_eq!(policy.decide(&all, &situation(9000, 0)), Decision::Throttle(80));
+        // It still does not shrink: it writes 30 MB/s in its bursts.
+        let still = RoundReport { write_rate: 30e6, ..all };
+        assert_eq!(policy.decide(&still, &situation(9000, 80)), Decision::Throttle(92));
     }
 
     #[test]

@@ -73,8 +73,11 @@ pub struct RoundReport {
     pub wire_rate: f64,
     /// Pages dirty at its end.
     pub dirty_pages: u64,
-    /// Bytes of guest memory dirtied per second during the round.
+    /// Bytes of guest memory dirtied per second during the round: a page counts once, however often it was written.
     pub dirty_rate: f64,
+    /// Bytes of pages that the guest wrote per second when it wrote most, as the dirty bits showed it every half second. A
+    /// round that lasts longer than the guest takes for all pages that it ever writes hides this rate from `dirty_rate`.
+    pub write_rate: f64,
     /// Downtime if the switch-over came now; `None` when the guest is stopped already.
     pub predicted_downtime: Option<Duration>,
     /// vCPU throttle in per cent during the round.

@@ -95,7 +95,7 @@ fn a_source_whose_lane_takes_nothing_any_more_goes_no_further() {
         SourceInput::RoundQueued,
         SourceInput::RoundFlushed(Tally::default()),
         SourceInput::Message(Message::RoundAck { round: 0 }),
-        SourceInput::Harvested { dirty_pages: 0 },
+        SourceInput::Harvested { dirty_pages: 0, writes: 0 },
     ] {
         session.handle(NOW, input);
     }

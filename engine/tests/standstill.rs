@@ -60,9 +60,9 @@ fn a_forced_switch_over_has_the_time_that_the_rest_takes_whole() {
             SourceInput::RoundQueued,
             SourceInput::RoundFlushed(tally),
             SourceInput::Message(Message::RoundAck { round: 0 }),
-            SourceInput::Harvested { dirty_pages: pages },
+            SourceInput::Harvested { dirty_pages: pages, writes: 0 },
             SourceInput::Paused,
-            SourceInput::Harvested { dirty_pages: pages },
+            SourceInput::Harvested { dirty_pages: pages, writes: 0 },
         ] {
             session.handle(NOW + Duration::from_secs(1), input);
             while session.poll_action().is_some() {}
@@ -87,7 +87,7 @@ fn what_the_source_itself_takes_is_no_reason_to_give_up() {
     let saved = NOW + work_limit() * 100;
     session.handle(saved, SourceInput::Saved { bytes: 0, waited: Duration::ZERO });
     let harvested = saved + work_limit() * 100;
-    session.handle(harvested, SourceInput::Harvested { dirty_pages: 0 });
+    session.handle(harvested, SourceInput::Harvested { dirty_pages: 0, writes: 0 });
     assert!(session.outcome().is_none());
     let timeout = session.poll_timeout().expect("it waits");
     assert!(timeout > harvested, "{timeout:?}");

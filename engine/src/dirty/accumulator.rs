@@ -24,6 +24,8 @@ pub struct Accumulator {
     /// Sent in the last round, and in the one before.
     sent: [PageBitmap; 2],
     given_back: Arc<PageSet>,
+    /// Writes seen since they were last taken.
+    writes: u64,
 }
 
 impl Accumulator {
@@ -32,7 +34,7 @@ impl Accumulator {
         let none = || PageBitmap::new(layout.page_space());
         let given_back = Arc::new(PageSet::new(layout.page_space()));
         let (dirty, in_flight, watched, rewritten, sent) = (none(), none(), none(), none(), [none(), none()]);
-        Self { layout, dirty, in_flight, watched, rewritten, sent, given_back }
+        Self { layout, dirty, in_flight, watched, rewritten, sent, given_back, writes: 0 }
     }
 
     /// The layout whose pages these are.
@@ -53,6 +55,12 @@ impl Accumulator {
     /// Every page that was ever reported as given back (R9).
     pub fn given_back(&self) -> &Arc<PageSet> {
         &self.given_back
+    }
+
+    /// How many writes of pages were seen since the last call: reports of pages that were clean, or watched. A page that is
+    /// dirty and not armed is not seen, however often the guest writes it.
+    pub fn take_writes(&mut self) -> u64 {
+        std::mem::take(&mut self.writes)
     }
 
     /// The dirty pages themselves.
@@ -105,8 +113,10 @@ impl Accumulator {
     }
 
     fn mark_word(&mut self, word: u64, bits: u64) {
+        let before = self.rewritten.count() + self.dirty.count();
         self.rewritten.insert_word(word, bits & self.watched.word(word));
         self.dirty.insert_word(word, bits);
+        self.writes += self.rewritten.count() + self.dirty.count() - before;
     }
 
     /// The pages of a region that travel: none when its content stays.
@@ -200,6 +210,23 @@ mod tests {
         acc.mark_words(RegionId(9), 0, &[!0]);
         acc.mark_range(RegionId(0), 69..1000);
         assert_eq!(acc.dirty_pages(), 6);
+    }
+
+    #[test]
+    fn writes_are_seen_of_pages_that_were_clean_or_are_watched() {
+        let mut dirty = accumulator();
+        dirty.mark_range(RegionId(0), 0..3);
+        assert_eq!(dirty.take_writes(), 3);
+        dirty.mark_range(RegionId(0), 0..3);
+        assert_eq!(dirty.take_writes(), 0, "nobody can tell whether these were written once more");
+        dirty.watch(0, 0b11);
+        for seen in [2, 0] {
+            dirty.mark_range(RegionId(0), 0..3);
+            assert_eq!(dirty.take_writes(), seen);
+        }
+        dirty.take_word(0, 0b111);
+        dirty.mark_range(RegionId(0), 1..3);
+        assert_eq!(dirty.take_writes(), 2);
     }
 
     #[test]

@@ -14,6 +14,9 @@ const TELLING_BYTES: u64 = 1 << 20;
 /// little to tell is sent in little time on any link worth migrating over.
 const UNKNOWN_RATE: f64 = 12.5e6;
 
+/// Writes between two harvests that follow each other faster say nothing about a guest's rate.
+const TELLING_INTERVAL: Duration = Duration::from_millis(100);
+
 /// Parts of the downtime that no round shows: pausing, saving, two messages each way.
 const HANDOVER_OVERHEAD: Duration = Duration::from_millis(5);
 
@@ -94,14 +97,25 @@ pub(super) struct OpenRound {
     pub(super) stopped: bool,
     pub(super) throttle: u8,
     pub(super) tally: Tally,
+    /// Bytes of pages per second that the guest wrote between the two harvests between which it wrote most.
+    pub(super) write_rate: f64,
 }
 
 impl OpenRound {
+    /// A harvest has seen so many writes of pages since the one before.
+    pub(super) fn learn_writes(&mut self, pages: u64, interval: Duration) {
+        if interval >= TELLING_INTERVAL {
+            let rate = (pages * PAGE_SIZE as u64) as f64 / interval.as_secs_f64();
+            self.write_rate = self.write_rate.max(rate);
+        }
+    }
+
     /// The report of the round, once it has ended and dirty pages were counted.
     pub(super) fn report(&self, now: Duration, dirty_pages: u64) -> RoundReport {
         let duration = now.saturating_sub(self.started);
         let seconds = duration.as_secs_f64().max(1e-6);
         let page = PAGE_SIZE as u64;
+        let dirty_rate = if self.stopped { 0.0 } else { (dirty_pages * page) as f64 / seconds };
         RoundReport {
             round: self.number,
             stopped: self.stopped,
@@ -112,7 +126,8 @@ impl OpenRound {
             duration,
             wire_rate: self.tally.wire_bytes as f64 / seconds,
             dirty_pages,
-            dirty_rate: if self.stopped { 0.0 } else { (dirty_pages * page) as f64 / seconds },
+            dirty_rate,
+            write_rate: if self.stopped { 0.0 } else { self.write_rate.max(dirty_rate) },
             predicted_downtime: None,
             throttle: self.throttle,
             stages: self.tally.stages,

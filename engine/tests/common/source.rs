@@ -55,7 +55,7 @@ pub fn source_answers(action: &SourceAction) -> Vec<SourceInput> {
             SourceInput::RoundFlushed(Tally::default()),
             SourceInput::Message(Message::RoundAck { round }),
         ],
-        SourceAction::Harvest(_) => vec![SourceInput::Harvested { dirty_pages: 0 }],
+        SourceAction::Harvest(_) => vec![SourceInput::Harvested { dirty_pages: 0, writes: 0 }],
         SourceAction::Pause => vec![SourceInput::Paused],
         SourceAction::Save => vec![SourceInput::Saved { bytes: 0, waited: Duration::ZERO }],
         SourceAction::Step(Step::BeforeHandover) => vec![SourceInput::StepDone],

@@ -91,6 +91,7 @@ impl SourceHost {
                 self.dirty.mark_range(region, first..first + run.count);
             }
         }
+        self.dirty.take_writes();
         let dirty_pages = self.dirty.dirty_pages();
         self.start_encoders(dirty_pages);
         SourceInput::Tracking { dirty_pages }
@@ -106,7 +107,7 @@ impl SourceHost {
         if let Some(encoders) = &self.encoders {
             encoders.shared.bases.note_dirty(|page| self.dirty.dirty().contains(page));
         }
-        Ok(SourceInput::Harvested { dirty_pages: self.dirty.dirty_pages() })
+        Ok(SourceInput::Harvested { dirty_pages: self.dirty.dirty_pages(), writes: self.dirty.take_writes() })
     }
 
     pub(super) fn pause(&mut self) -> VmResult<SourceInput> {

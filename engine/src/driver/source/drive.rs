@@ -334,6 +334,8 @@ impl<'a> Driver<'a> {
                 }
             }
         });
+        // What may hold content was not written just now.
+        self.dirty.take_writes();
         let dirty_pages = self.dirty.dirty_pages();
         let started = marked.is_err() || self.start_encoders(dirty_pages);
         if started {
@@ -373,11 +375,11 @@ impl<'a> Driver<'a> {
             let mut rearm = |region, first, words: &[u64]| tracker.rearm(region, first, words);
             result = planner.watch_ahead(&mut self.dirty, &mut rearm);
         }
-        let dirty_pages = self.dirty.dirty_pages();
+        let (dirty_pages, writes) = (self.dirty.dirty_pages(), self.dirty.take_writes());
         if let Some(shared) = &self.shared {
             shared.bases.note_dirty(|page| self.dirty.dirty().contains(page));
         }
-        self.tell_result("report dirty pages", result.map(|()| SourceInput::Harvested { dirty_pages }));
+        self.tell_result("report dirty pages", result.map(|()| SourceInput::Harvested { dirty_pages, writes }));
     }
 
     pub(super) fn save(&mut self) {

@@ -66,6 +66,9 @@ pub enum SourceInput {
     Harvested {
         /// Pages dirty now.
         dirty_pages: u64,
+        /// Writes of pages that were seen since the harvest before
+        /// ([`Accumulator::take_writes`](crate::dirty::Accumulator::take_writes)).
+        writes: u64,
     },
     /// The guest stands still.
     Paused,

@@ -71,6 +71,8 @@ pub struct SourceSession {
     /// When the dirty bits are to be looked at again while a round is under way.
     harvest_due: Duration,
     harvest_began: Duration,
+    /// When the dirty bits were last taken.
+    harvested: Duration,
     dirty_after_save: u64,
     forecast: Forecast,
     throttle: u8,
@@ -114,6 +116,7 @@ impl SourceSession {
             round_acked: false,
             harvest_due: Duration::ZERO,
             harvest_began: Duration::ZERO,
+            harvested: Duration::ZERO,
             dirty_after_save: 0,
             forecast: Forecast::default(),
             throttle: 0,
@@ -298,7 +301,7 @@ fn check_digest(check: &'static str, ours: Digest, theirs: Digest) -> Result<(),
 }
 
 fn open_round(number: u32, started: Duration, stopped: bool, throttle: u8) -> OpenRound {
-    OpenRound { number, started, stopped, throttle, tally: Tally::default() }
+    OpenRound { number, started, stopped, throttle, tally: Tally::default(), write_rate: 0.0 }
 }
 
 /// A peer's message can be long; an error is for reading.

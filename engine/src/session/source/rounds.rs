@@ -16,6 +16,9 @@ use crate::wire::{Finish, GreetingRole, Message};
 
 impl SourceSession {
     pub(super) fn on_done(&mut self, now: Duration, input: SourceInput) {
+        if let SourceInput::Harvested { writes, .. } = input {
+            self.round.learn_writes(writes, now.saturating_sub(std::mem::replace(&mut self.harvested, now)));
+        }
         let by_the_way = self.state == State::Sending && matches!(input, SourceInput::Harvested { .. });
         if !by_the_way && !matches!(input, SourceInput::RoundQueued | SourceInput::RoundFlushed(_)) {
             // While the VM was busy on this thread nobody could be heard.
@@ -40,14 +43,14 @@ impl SourceSession {
             (_, SourceInput::RoundQueued) => self.on_round_queued(now),
             (_, SourceInput::RoundFlushed(tally)) => self.on_round_flushed(now, &tally),
             (State::Sending, SourceInput::Harvested { .. }) => self.on_harvest_by_the_way(now),
-            (State::Harvesting, SourceInput::Harvested { dirty_pages }) => self.decide(now, dirty_pages),
+            (State::Harvesting, SourceInput::Harvested { dirty_pages, .. }) => self.decide(now, dirty_pages),
             (State::Pausing, SourceInput::Paused) => {
                 self.standstill.paused = now;
                 self.standstill.deadline = self.setup.run.then(|| now.saturating_add(self.standstill_limit()));
                 self.act(SourceAction::Notify(Event::Paused));
                 self.harvest(now, Point::Stopped, State::LastHarvest);
             }
-            (State::LastHarvest, SourceInput::Harvested { dirty_pages }) => self.on_last_harvest(now, dirty_pages),
+            (State::LastHarvest, SourceInput::Harvested { dirty_pages, .. }) => self.on_last_harvest(now, dirty_pages),
             (State::Saving, SourceInput::Saved { bytes, waited }) => {
                 self.standstill.save = now.saturating_sub(self.mark);
                 self.standstill.excuse(self.standstill.save.saturating_sub(waited));
@@ -55,7 +58,7 @@ impl SourceSession {
                 self.report.state_bytes = bytes;
                 self.harvest(now, Point::AfterSave, State::HarvestAfterSave);
             }
-            (State::HarvestAfterSave, SourceInput::Harvested { dirty_pages }) => {
+            (State::HarvestAfterSave, SourceInput::Harvested { dirty_pages, .. }) => {
                 let took = now.saturating_sub(self.mark);
                 self.standstill.harvest += took;
                 self.standstill.excuse(took);
