@@ -115,7 +115,9 @@ fn next_throttle(round: &RoundReport, situation: &Situation) -> u8 {
     let carried = round.wire_rate * round.bytes as f64 / (round.wire_bytes.max(1)) as f64;
     let running = 1.0 - f64::from(situation.throttle) / 100.0;
     let writes = round.write_rate.max(round.dirty_rate);
-    let needed = if writes > 0.0 { 1.0 - running * carried / (2.0 * writes) } else { 0.0 };
+    // A round in which nothing had to be sent does not tell what the link carries.
+    let told = writes > 0.0 && round.wire_bytes > 0;
+    let needed = if told { 1.0 - running * carried / (2.0 * writes) } else { 0.0 };
     let wanted = step.max((needed * 100.0).clamp(0.0, 99.0) as u8);
     wanted.min(situation.max_throttle)
 }
@@ -190,6 +192,14 @@ mod tests {
         // It still does not shrink: it writes 30 MB/s in its bursts.
         let still = RoundReport { write_rate: 30e6, ..all };
         assert_eq!(policy.decide(&still, &situation(9000, 80)), Decision::Throttle(92));
+    }
+
+    #[test]
+    fn a_round_that_had_to_send_nothing_does_not_stop_the_guest() {
+        let mut policy = Adaptive::default();
+        let silent = RoundReport { wire_bytes: 0, wire_rate: 0.0, ..round(50_000, 50_000) };
+        assert_eq!(policy.decide(&silent, &situation(9000, 0)), Decision::AnotherRound);
+        assert_eq!(policy.decide(&silent, &situation(9000, 0)), Decision::Throttle(20));
     }
 
     #[test]

@@ -75,8 +75,9 @@ pub struct RoundReport {
     pub dirty_pages: u64,
     /// Bytes of guest memory dirtied per second during the round: a page counts once, however often it was written.
     pub dirty_rate: f64,
-    /// Bytes of pages that the guest wrote per second when it wrote most, as the dirty bits showed it every half second. A
-    /// round that lasts longer than the guest takes for all pages that it ever writes hides this rate from `dirty_rate`.
+    /// Bytes of pages that the guest wrote per second when it wrote most, as the dirty bits showed it every half second, and
+    /// showed it twice. A round that lasts longer than the guest takes for all pages that it ever writes hides this rate from
+    /// `dirty_rate`; it is never less than that.
     pub write_rate: f64,
     /// Downtime if the switch-over came now; `None` when the guest is stopped already.
     pub predicted_downtime: Option<Duration>,

@@ -210,7 +210,9 @@ impl Mover for Qemu {
             watched.ended = watched.ended.max(destination.wait_arrived()?);
         }
         let wire_bytes = task.network.sent_bytes()? - sent_before;
-        let worked = source.console.as_ref().and_then(Console::last_beat);
+        // Where the guest is now: what post-copy has it wait for there is part of the migration.
+        let last = |machine: &Machine| machine.console.as_ref().and_then(Console::last_beat);
+        let worked = last(&destination).or_else(|| last(&source));
         let pages_per_second = working.zip(worked).and_then(|(before, after)| after.pages_per_second_since(before));
         let costs = (source.usage(), destination.usage());
         let report = source.qmp.command("query-migrate", &Value::Null)?;

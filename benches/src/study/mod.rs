@@ -136,8 +136,8 @@ pub(crate) struct Run {
     pub(crate) destination: Cost,
     /// The strongest throttle of the guest.
     pub(crate) throttle_percent: f64,
-    /// Bytes of pages that the guest wrote per second at the source while it was moved, by its own count; nothing for a
-    /// guest that does not tell, or a migration too short for that.
+    /// Bytes of pages that the guest wrote per second while it was moved, standstill included, by its own count; nothing for
+    /// a guest that does not tell, or a migration too short for that.
     #[serde(default)]
     pub(crate) guest_bytes_per_second: Option<f64>,
     /// What proved that memory arrived as it was; nothing if that was not possible.

@@ -176,8 +176,11 @@ impl DirtySink for Accumulator {
     }
 
     fn mark_zeroed(&mut self, region: RegionId, pages: Range<u64>) {
-        // The page reads as zeros now: sent as any other change, it costs a few bytes of record.
+        // The page reads as zeros now: sent as any other change, it costs a few bytes of record. No throttle slows whoever
+        // gives pages back.
+        let writes = self.writes;
         self.mark_range(region, pages.clone());
+        self.writes = writes;
         if let Some(all) = self.travelling(region) {
             (pages.start..pages.end.min(all.count))
                 .for_each(|page| self.given_back.insert(PageNumber(all.first.0 + page)));

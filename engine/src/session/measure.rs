@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use crate::encode::Tally;
+use crate::limits::HARVEST_EVERY;
 use crate::stats::{Downtime, RoundReport};
 use crate::units::PAGE_SIZE;
 use crate::wire::Prepared;
@@ -14,8 +15,8 @@ const TELLING_BYTES: u64 = 1 << 20;
 /// little to tell is sent in little time on any link worth migrating over.
 const UNKNOWN_RATE: f64 = 12.5e6;
 
-/// Writes between two harvests that follow each other faster say nothing about a guest's rate.
-const TELLING_INTERVAL: Duration = Duration::from_millis(100);
+/// Writes seen between two harvests that follow each other faster are taken for those of so long a time.
+const TELLING_INTERVAL: Duration = HARVEST_EVERY;
 
 /// Parts of the downtime that no round shows: pausing, saving, two messages each way.
 const HANDOVER_OVERHEAD: Duration = Duration::from_millis(5);
@@ -97,17 +98,16 @@ pub(super) struct OpenRound {
     pub(super) stopped: bool,
     pub(super) throttle: u8,
     pub(super) tally: Tally,
-    /// Bytes of pages per second that the guest wrote between the two harvests between which it wrote most.
-    pub(super) write_rate: f64,
+    /// Bytes of pages per second that the guest was seen to write between two harvests: the most, and what came next to it.
+    pub(super) write_rates: [f64; 2],
 }
 
 impl OpenRound {
     /// A harvest has seen so many writes of pages since the one before.
     pub(super) fn learn_writes(&mut self, pages: u64, interval: Duration) {
-        if interval >= TELLING_INTERVAL {
-            let rate = (pages * PAGE_SIZE as u64) as f64 / interval.as_secs_f64();
-            self.write_rate = self.write_rate.max(rate);
-        }
+        let rate = (pages * PAGE_SIZE as u64) as f64 / interval.max(TELLING_INTERVAL).as_secs_f64();
+        let [most, next] = self.write_rates;
+        self.write_rates = [most.max(rate), next.max(rate.min(most))];
     }
 
     /// The report of the round, once it has ended and dirty pages were counted.
@@ -127,7 +127,7 @@ impl OpenRound {
             wire_rate: self.tally.wire_bytes as f64 / seconds,
             dirty_pages,
             dirty_rate,
-            write_rate: if self.stopped { 0.0 } else { self.write_rate.max(dirty_rate) },
+            write_rate: if self.stopped { 0.0 } else { self.write_rates[1].max(dirty_rate) },
             predicted_downtime: None,
             throttle: self.throttle,
             stages: self.tally.stages,

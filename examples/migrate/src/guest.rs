@@ -28,10 +28,11 @@ pub(crate) struct Written {
 }
 
 impl Written {
-    /// Pages per second since an earlier word; nothing if none was heard since.
-    pub(crate) fn rate_since(self, earlier: Self) -> Option<f64> {
-        let seconds = self.at.saturating_duration_since(earlier.at).as_secs_f64();
-        (seconds > 0.0).then(|| self.pages.saturating_sub(earlier.pages) as f64 / seconds)
+    /// Pages per second from an earlier word until `end`; nothing if this is no later word. What was written since it counts
+    /// for nothing.
+    pub(crate) fn rate(self, earlier: Self, end: Instant) -> Option<f64> {
+        let seconds = end.saturating_duration_since(earlier.at).as_secs_f64();
+        (self.at > earlier.at).then(|| self.pages.saturating_sub(earlier.pages) as f64 / seconds)
     }
 }
 
@@ -77,11 +78,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_rate_is_between_two_words() {
+    fn a_rate_is_from_a_word_to_an_end() {
         let at = Instant::now();
         let first = Written { at, pages: 100 };
         let second = Written { at: at + Duration::from_millis(500), pages: 1_100 };
-        assert_eq!(second.rate_since(first), Some(2_000.0));
-        assert_eq!(first.rate_since(first), None, "nothing was heard since");
+        let end = at + Duration::from_secs(1);
+        assert_eq!(second.rate(first, end), Some(1_000.0));
+        assert_eq!(first.rate(first, end), None, "nothing was heard since");
     }
 }

@@ -235,7 +235,8 @@ pub(super) fn runs(study: &Study) -> Element {
         cells.push(cell("").text(words::percent(worked)));
         cells
     };
-    let caption = "Slowed: the strongest throttle. Worked: how much of what it was to write the guest wrote meanwhile.";
+    let caption = "Slowed: the strongest throttle. Worked: how much of what it was to write the guest wrote while it was moved; a throttle, \
+                   standing still, waiting for pages that are not there yet and a lack of CPU time all take from it.";
     table(caption, &header, study.runs.iter().map(row).collect::<Vec<_>>())
 }
 

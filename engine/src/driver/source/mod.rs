@@ -5,6 +5,7 @@ mod encoders;
 mod lanes;
 mod meter;
 mod state_writer;
+mod steps;
 
 use std::io;
 use std::sync::Arc;

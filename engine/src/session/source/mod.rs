@@ -71,7 +71,7 @@ pub struct SourceSession {
     /// When the dirty bits are to be looked at again while a round is under way.
     harvest_due: Duration,
     harvest_began: Duration,
-    /// When the dirty bits were last taken.
+    /// When the dirty bits were last begun to be taken.
     harvested: Duration,
     dirty_after_save: u64,
     forecast: Forecast,
@@ -301,7 +301,7 @@ fn check_digest(check: &'static str, ours: Digest, theirs: Digest) -> Result<(),
 }
 
 fn open_round(number: u32, started: Duration, stopped: bool, throttle: u8) -> OpenRound {
-    OpenRound { number, started, stopped, throttle, tally: Tally::default(), write_rate: 0.0 }
+    OpenRound { number, started, stopped, throttle, tally: Tally::default(), write_rates: [0.0; 2] }
 }
 
 /// A peer's message can be long; an error is for reading.

@@ -17,7 +17,9 @@ use crate::wire::{Finish, GreetingRole, Message};
 impl SourceSession {
     pub(super) fn on_done(&mut self, now: Duration, input: SourceInput) {
         if let SourceInput::Harvested { writes, .. } = input {
-            self.round.learn_writes(writes, now.saturating_sub(std::mem::replace(&mut self.harvested, now)));
+            // From one look at a page to the next: those of a large guest take their time.
+            let before = std::mem::replace(&mut self.harvested, self.harvest_began);
+            self.round.learn_writes(writes, self.harvest_began.saturating_sub(before));
         }
         let by_the_way = self.state == State::Sending && matches!(input, SourceInput::Harvested { .. });
         if !by_the_way && !matches!(input, SourceInput::RoundQueued | SourceInput::RoundFlushed(_)) {
@@ -80,6 +82,7 @@ impl SourceSession {
         let (peer, pages_total) = (self.peer.clone(), self.report.pages_total);
         self.act(SourceAction::Notify(Event::Accepted { peer, pages_total }));
         self.begin_round(now, 0, false);
+        self.harvested = now;
         self.state = State::Sending;
     }
 
@@ -130,7 +133,7 @@ impl SourceSession {
     }
 
     pub(super) fn harvest(&mut self, now: Duration, point: Point, state: State) {
-        self.mark = now;
+        (self.mark, self.harvest_began) = (now, now);
         self.act(SourceAction::Harvest(point));
         self.state = state;
     }

@@ -94,8 +94,8 @@ pub(crate) struct FinalReport {
     pub(crate) guest_longest_stall_ms: Option<f64>,
     /// The same, by when it was; the first is no part of it.
     pub(crate) guest_stalls_ms: GuestStalls,
-    /// Pages that the guest wrote per second at the source while it was migrated. The built-in KVM guest tells it a few
-    /// times a second: `null` for a migration shorter than that, or a guest that does not tell.
+    /// Pages that the guest wrote at the source while it was migrated, per second of the whole migration. The built-in KVM
+    /// guest tells it a few times a second: `null` for a migration shorter than that, or a guest that does not tell.
     #[serde(default)]
     pub(crate) guest_pages_per_second: Option<f64>,
     /// Heartbeats after the migration, on the side that has the guest.

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
+use std::time::Instant;
 
 use pageferry::Source;
 use pageferry::transport::Dialer;
@@ -151,7 +152,8 @@ pub(super) fn migrate(
     let clock = CostClock::start();
     let source = way.source(screen);
     let result = source.run(guest, Arc::clone(dialer), operator.control());
-    let pages_per_second = written.zip(guest.written()).and_then(|(before, after)| after.rate_since(before));
+    let ended = Instant::now();
+    let pages_per_second = written.zip(guest.written()).and_then(|(before, after)| after.rate(before, ended));
     let cost = clock.stop(Some(&*guest.memory()));
     operator.forget_cancel();
     let ask = |session| source.settle(guest, Arc::clone(dialer), operator.control(), session);
