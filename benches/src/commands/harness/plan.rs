@@ -11,7 +11,7 @@ use crate::network::{self, LinkSpec};
 /// What is not alike between the engines.
 const NICE_QEMU: &str = "QEMU's machine gives the guest no port to rest on, so its virtual CPU is busy all the time; it runs at niceness 10, \
                          so that it takes no CPU time from QEMU's migration. On a machine that is short of CPUs such a guest writes less than it is told to, \
-                         which helps QEMU to converge, and may notice longer stalls. Ours runs its virtual CPUs at the usual priority and its encoders below.";
+                         which helps QEMU to converge, and may notice longer stalls. Ours runs everything at the usual priority.";
 
 /// The matrix.
 #[derive(Debug)]
