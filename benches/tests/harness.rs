@@ -3,6 +3,8 @@
 
 use std::fs;
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
@@ -147,6 +149,32 @@ fn without_tools_a_relay_stands_in_for_shaped_links_and_says_so() {
     let notes = study["notes"].to_string();
     assert!(notes.contains("a relay in the harness stood in") && notes.contains("iproute2"), "{notes}");
     assert!(notes.contains("nothing was run beside ours") && notes.contains("qemu-system-x86"), "{notes}");
+}
+
+/// Every file of this folder and of those above may be reached by anybody.
+fn is_open_to_all(path: &Path) -> bool {
+    path.ancestors().skip(1).all(|folder| fs::metadata(folder).is_ok_and(|facts| facts.permissions().mode() & 0o1 != 0))
+}
+
+#[test]
+fn a_user_who_may_not_use_kvm_is_told_what_to_do() {
+    const NOBODY: u32 = 65_534;
+    let reachable = is_open_to_all(Path::new(env!("CARGO_BIN_EXE_pageferry-bench")));
+    let forbidden = fs::metadata("/dev/kvm").is_ok_and(|facts| facts.permissions().mode() & 0o6 != 0o6);
+    // Only root may become somebody else.
+    let root = fs::metadata("/proc/self").is_ok_and(|facts| facts.uid() == 0);
+    if !reachable || !forbidden || !root {
+        let why = format!("program reachable {reachable}, KVM forbidden {forbidden}, started by root {root}");
+        drop(std::io::stderr().write_fmt(format_args!("skipped: this needs another user without KVM ({why})\n")));
+        return;
+    }
+    let mut harness = start("nobody", "--test --no-qemu --out /nowhere", |command| {
+        command.uid(NOBODY).gid(NOBODY);
+    });
+    let (status, _) = harness.end();
+    let heard = harness.heard.join("\n");
+    assert_eq!(status.code(), Some(LACKING), "{heard}");
+    assert!(heard.contains("/dev/kvm") && heard.contains("usermod -aG kvm"), "{heard}");
 }
 
 #[test]

@@ -13,7 +13,7 @@ use std::time::Duration;
 pub(crate) use ours::{Ours, Setting, migrate_program};
 pub(crate) use qemu::Qemu;
 pub(crate) use setting::{QEMU_PREFIX, QemuSetting};
-pub(crate) use subject::{Memory, Subject};
+pub(crate) use subject::{Memory, Subject, forbidden_kvm};
 
 use crate::BenchError;
 use crate::network::Network;

@@ -169,7 +169,7 @@ impl Mover for Ours {
             throttle_percent: number(&report, "/throttle_peak_percent")?,
             guest_bytes_per_second: report["guest_pages_per_second"].as_f64().map(|pages| pages * PAGE as f64),
             verified: proofs(&report, &arrived),
-            stages: stages(&report["stages"]),
+            stages: stages(&report)?,
             converged,
         })
     }
@@ -217,12 +217,17 @@ fn proofs(source: &Value, destination: &Value) -> Vec<Proof> {
     all.into_iter().filter_map(|(holds, proof)| holds.then_some(proof)).collect()
 }
 
-/// What each stage kept off the wire, and what was sent: they add up to all that was looked at.
-fn stages(found: &Value) -> Vec<Stage> {
+/// What each stage kept off the wire, and what was sent; an error if they do not add up to all that was looked at.
+fn stages(report: &Value) -> Result<Vec<Stage>, BenchError> {
+    let found = &report["stages"];
     let saved = |name: &str| Some(Stage { name: name.to_owned(), bytes: found[name]["saved_bytes"].as_u64()? });
     let mut all: Vec<Stage> = STAGES.iter().filter_map(|name| saved(name)).collect();
     all.extend(found["packed_bytes"].as_u64().map(|bytes| Stage { name: "sent".to_owned(), bytes }));
-    all
+    let (sum, covered) = (all.iter().map(|stage| stage.bytes).sum::<u64>(), report["guest_bytes"].as_u64());
+    if report["outcome"] == "completed" && !all.is_empty() && Some(sum) != covered {
+        return Err(BenchError::Wrong(format!("stages add up to {sum} bytes in {report}")));
+    }
+    Ok(all)
 }
 
 fn report_of(program: &mut Program) -> Result<Value, BenchError> {
@@ -289,6 +294,18 @@ mod tests {
         let bare: Setting = "ours".parse().unwrap();
         assert_eq!((bare.name.as_str(), bare.send.len()), ("ours", 0));
         assert!("=--lanes 2".parse::<Setting>().is_err() && "--lanes 2".parse::<Setting>().is_err());
+    }
+
+    #[test]
+    fn stages_add_up_to_what_was_looked_at() {
+        let report = |covered: u64| {
+            let stages = json!({"zero": {"saved_bytes": 4096}, "packed_bytes": 8192});
+            json!({"outcome": "completed", "guest_bytes": covered, "stages": stages})
+        };
+        let names = |stages: &[Stage]| stages.iter().map(|stage| stage.name.clone()).collect::<Vec<_>>();
+        assert_eq!(names(&stages(&report(12_288)).unwrap()), ["zero", "sent"]);
+        assert!(stages(&report(16_384)).is_err());
+        assert!(stages(&json!({"outcome": "completed"})).unwrap().is_empty());
     }
 
     #[test]

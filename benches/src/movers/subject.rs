@@ -7,6 +7,9 @@ use std::str::FromStr;
 use crate::report::words::INCOMPRESSIBLE;
 use crate::study::{Guest, Writes};
 
+/// The device that runs guests.
+const KVM: &str = "/dev/kvm";
+
 /// The seed of all content, so that every mover moves the same bytes.
 const SEED: &str = "1";
 
@@ -102,6 +105,13 @@ impl Memory {
     fn load(&self) -> Load {
         if let Self::Running(_, load) = self { *load } else { Load::Idle }
     }
+}
+
+/// Why this user may not start a running guest, although this machine has KVM; without KVM a process guest takes its place.
+pub(crate) fn forbidden_kvm() -> Option<String> {
+    let opened = std::fs::OpenOptions::new().read(true).write(true).open(KVM);
+    let refused = opened.err().filter(|error| error.kind() != std::io::ErrorKind::NotFound)?;
+    Some(format!("access to {KVM} ({refused}; its group is `kvm`: usermod -aG kvm USER)"))
 }
 
 impl Subject {

@@ -92,6 +92,7 @@ pub(crate) struct Finished {
 /// `pageferry-bench harness`.
 pub(crate) fn harness(options: &HarnessOptions, record: Option<&str>) -> Result<Finished, BenchError> {
     let plan = Plan::new(options)?;
+    plan.check_rights()?;
     interrupt::listen()?;
     let folder = Folder::new(&options.out, record, plan.preset_name())?;
     let mut conductor = Conductor::new(&plan, &folder)?;
@@ -105,6 +106,7 @@ pub(crate) fn harness(options: &HarnessOptions, record: Option<&str>) -> Result<
     if options.test {
         answers::check(&study)?;
     }
+    answers::check_any(&study)?;
     Ok(Finished { study, folder })
 }
 

@@ -5,7 +5,7 @@ use std::time::Duration;
 use super::HarnessOptions;
 use super::presets::Preset;
 use crate::BenchError;
-use crate::movers::{Memory, Mover, Ours, Qemu, Setting, Subject, migrate_program};
+use crate::movers::{Memory, Mover, Ours, Qemu, Setting, Subject, forbidden_kvm, migrate_program};
 use crate::network::{self, LinkSpec};
 
 /// What is not alike between the engines.
@@ -109,6 +109,13 @@ impl Plan {
 
     pub(super) fn preset_name(&self) -> &'static str {
         self.preset
+    }
+
+    /// Whether this user may run the guests.
+    pub(super) fn check_rights(&self) -> Result<(), BenchError> {
+        let running = self.guests.iter().any(|guest| guest.subject.memory.is_running());
+        let forbidden = if running { forbidden_kvm() } else { None };
+        forbidden.map_or(Ok(()), |lacking| Err(BenchError::Lacking(vec![lacking])))
     }
 
     /// What is told apart by name must have different names.
