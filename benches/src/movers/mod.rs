@@ -50,7 +50,7 @@ pub(crate) struct Moved {
     pub(crate) rounds: u64,
     /// The strongest throttle of the guest.
     pub(crate) throttle_percent: f64,
-    /// What the guest wrote at the source meanwhile, as bytes of pages.
+    /// What the guest wrote meanwhile, as bytes of pages per second.
     pub(crate) guest_bytes_per_second: Option<f64>,
     /// What shows that the guest arrived as it was.
     pub(crate) verified: Vec<Proof>,
