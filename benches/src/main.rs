@@ -19,6 +19,7 @@ mod process;
 mod report;
 mod scratch;
 mod shown;
+mod steal;
 mod study;
 #[allow(unsafe_code)]
 mod sys;
@@ -27,7 +28,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
-use shown::Shown;
+use shown::{Shown, say};
 
 /// Measures Pageferry on this machine. Build it with --release.
 #[derive(Parser, Debug)]
@@ -163,7 +164,7 @@ fn done(result: Result<(), BenchError>) -> ExitCode {
             ExitCode::SUCCESS
         }
         Err(error) => {
-            eprintln!("pageferry-bench: {error}");
+            say(format_args!("pageferry-bench: {error}"));
             error.exit_code()
         }
     }

@@ -45,7 +45,7 @@ impl Program {
     pub(crate) fn start(name: &'static str, mut command: Command) -> Result<Self, BenchError> {
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
         sys::end_with_parent(&mut command);
-        let mut child = command.spawn().map_err(host("cannot start a program"))?;
+        let mut child = command.spawn().map_err(|error| BenchError::Tool(format!("cannot start {name}: {error}")))?;
         let (sender, lines) = channel();
         if let Some(output) = child.stdout.take() {
             std::thread::spawn(move || {
@@ -87,7 +87,12 @@ impl Program {
             match self.line(deadline.saturating_duration_since(Instant::now()))? {
                 Some(line) if wanted(&line) => return Ok(line),
                 Some(_) => {}
-                None => return Err(BenchError::Tool(format!("{} did not get ready in {patience:?}", self.name))),
+                None => {
+                    return Err(BenchError::Tool(format!(
+                        "{} did not say in {patience:?} what was waited for",
+                        self.name
+                    )));
+                }
             }
         }
     }

@@ -26,6 +26,11 @@ impl Shown for Outcome {
     }
 }
 
+/// Writes a line to standard error: how it goes. Who has stopped reading does not end a measurement.
+pub(crate) fn say(line: std::fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr(), "{line}");
+}
+
 /// Writes text to standard output; who has stopped reading has seen enough.
 pub(crate) fn print(text: &str) -> Result<(), BenchError> {
     match io::stdout().write_all(text.as_bytes()).and_then(|()| io::stdout().flush()) {

@@ -195,17 +195,36 @@ fn distance_is_added_by_a_relay() {
 #[test]
 fn after_ctrl_c_what_was_measured_is_kept_and_nothing_else() {
     let mut harness =
-        start("interrupted", "--link 20mbit --guest random,mix --size 64M --turns 9 --no-qemu --relay", |_| ());
-    harness.wait_for("a plain copy gets");
-    std::thread::sleep(Duration::from_secs(2));
+        start("interrupted", "--link 50mbit --guest mix,random --size 64M --turns 9 --no-qemu --relay", |_| ());
+    harness.wait_for("MiB on the wire");
     signal(harness.child.id(), "-INT");
     let (status, _) = harness.end();
     if !harness.ran(status) {
         return;
     }
     assert_eq!(status.code(), Some(INTERRUPTED), "{:?}", harness.heard);
-    assert!(harness.heard.iter().any(|line| line.contains("run(s) are kept in")), "{:?}", harness.heard);
-    assert_eq!(harness.study()["interrupted"], true);
+    assert!(harness.heard.iter().any(|line| line.contains("1 run(s) are kept in")), "{:?}", harness.heard);
+    let study = harness.study();
+    assert_eq!((&study["interrupted"], study["runs"].as_array().map(Vec::len)), (&true.into(), Some(1)));
+    assert!(harness.folder.join("harness-custom-interrupted.html").exists());
+}
+
+#[test]
+fn ctrl_c_before_anything_was_measured_leaves_an_earlier_study_alone() {
+    let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("harness-earlier-{}", std::process::id()));
+    fs::create_dir_all(&folder).expect("a folder");
+    let earlier = folder.join("harness-custom.json");
+    fs::write(&earlier, "an earlier study").expect("it can be written");
+    let mut harness = start("earlier", "--link 20mbit --guest random --size 64M --turns 9 --no-qemu --relay", |_| ());
+    harness.wait_for("a plain copy gets");
+    signal(harness.child.id(), "-INT");
+    let (status, _) = harness.end();
+    if !harness.ran(status) {
+        return;
+    }
+    assert_eq!(status.code(), Some(INTERRUPTED), "{:?}", harness.heard);
+    assert_eq!(fs::read_to_string(&earlier).expect("it is there"), "an earlier study");
+    assert_eq!(fs::read_dir(&folder).expect("it is there").count(), 1);
 }
 
 #[test]
@@ -270,4 +289,6 @@ fn a_full_disk_loses_no_measurement_silently() {
     let said = harness.heard.join(" ");
     assert_eq!(status.code(), Some(1), "{said}");
     assert!(said.contains("warning: cannot write") && said.contains("No space left on device"), "{said}");
+    // The table is all that is left of it.
+    assert!(said.contains("downtime") && said.contains("mix"), "{said}");
 }

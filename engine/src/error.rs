@@ -155,6 +155,15 @@ pub enum Error {
     Bug(String),
 }
 
+impl Error {
+    /// A lane ended as it does when the peer closes it: that says nothing about why.
+    pub(crate) fn is_end_of_lane(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+        let ends = [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof];
+        matches!(self, Self::LaneBroken { source, .. } if ends.contains(&source.kind()))
+    }
+}
+
 /// A failed migration: who owns the guest, why, and how far it got.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]

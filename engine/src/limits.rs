@@ -141,7 +141,8 @@ pub const STANDSTILL_FACTOR: u32 = 10;
 pub const SLOWEST_VERIFY_PAGES: u64 = 65_536;
 
 /// How long after a lane's end, or that of the control lane's sending half, the control lane may still
-/// tell the reason.
+/// tell the reason. A destination that sees a data lane end waits twice as long, so that the source,
+/// which may wait too, speaks first.
 pub const REASON_GRACE: Duration = Duration::from_millis(250);
 
 /// How long the last message of a migration may take to leave before the lanes are closed.

@@ -214,7 +214,7 @@ fn a_guest_too_fast_for_the_link_is_cancelled_or_switched_over_at_the_timeout() 
 #[test]
 fn a_guest_that_outruns_the_link_is_throttled_until_it_fits() {
     let (dialer, acceptor) = transport::in_memory();
-    let mut guest = Guest::new(3000, Some(Duration::from_micros(20)));
+    let mut guest = Guest::steady(3000, Duration::from_micros(70));
     let arrival = receive(acceptor, Room::default());
     let mut config = source_config();
     config.bandwidth = Some(20 << 20);

@@ -87,6 +87,48 @@ fn a_source_waits_no_longer_for_a_reason_than_it_can_come() {
     assert!(kept(session).to_string().contains("broken pipe"), "what broke first says more");
 }
 
+fn data_lane_lost(kind: io::ErrorKind) -> Error {
+    Error::LaneBroken { lane: LaneRole::Data(1), peer: "the peer".to_owned(), source: kind.into() }
+}
+
+#[test]
+fn what_broke_on_this_side_is_told_whichever_side_speaks_first() {
+    // The peer sees no more of this side's failure than the end of a lane.
+    let abort = || Message::Abort { reason: "its data lane ended".to_owned() };
+    for abort_comes in [false, true] {
+        let mut session = source_until(|action| matches!(action, SourceAction::SendRound { .. }));
+        session.handle(NOW, SourceInput::DataLaneLost(data_lane_lost(io::ErrorKind::PermissionDenied)));
+        if abort_comes {
+            session.handle(NOW, SourceInput::Message(abort()));
+        }
+        session.handle(NOW + REASON_GRACE, SourceInput::Tick);
+        let error = kept(session).to_string();
+        assert!(error.contains("permission denied"), "{error}");
+        assert_eq!(error.contains("its data lane ended"), abort_comes, "{error}");
+    }
+}
+
+#[test]
+fn a_lane_that_the_peer_closed_adds_nothing_to_its_reason() {
+    use io::ErrorKind::{BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof};
+    for kind in [BrokenPipe, ConnectionAborted, ConnectionReset, NotConnected, UnexpectedEof] {
+        let mut session = source_until(|action| matches!(action, SourceAction::SendRound { .. }));
+        session.handle(NOW, SourceInput::DataLaneLost(data_lane_lost(kind)));
+        session.handle(NOW, SourceInput::Message(Message::Abort { reason: "the disk is full".to_owned() }));
+        assert_eq!(kept(session).to_string(), "there gave up: the disk is full");
+    }
+}
+
+#[test]
+fn a_destination_that_saw_a_data_lane_end_lets_the_source_speak_first() {
+    let mut session = destination_in(Phase::Receiving);
+    session.handle(NOW, DestinationInput::DataLaneLost(data_lane_lost(io::ErrorKind::UnexpectedEof)));
+    session.handle(NOW + REASON_GRACE, DestinationInput::Tick);
+    assert!(orders(&mut session).is_empty(), "the source may itself have waited so long for a reason");
+    session.handle(NOW + REASON_GRACE * 2, DestinationInput::Tick);
+    assert!(given_up(session).to_string().contains("end of file"));
+}
+
 #[test]
 fn a_source_whose_lane_takes_nothing_any_more_goes_no_further() {
     let mut session = source_until(|action| matches!(action, SourceAction::SendRound { .. }));

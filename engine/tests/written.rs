@@ -215,7 +215,13 @@ fn a_write_that_fails_ends_the_lane_and_the_guest_stays() {
     });
     let mut guest = Guest::new(500, None);
     let failed = Source::new(config(2)).run(&mut guest, Arc::new(DirectDialer(dialer, known)), &Control::new());
-    assert!(matches!(failed, Err(Failed::SourceStillOwns { error: Error::LaneBroken { .. }, .. })), "{failed:?}");
+    // The destination, which sees no more than a lane end, may give up a moment earlier.
+    let Err(Failed::SourceStillOwns { error: error @ (Error::LaneBroken { .. } | Error::PeerAborted { .. }), .. }) =
+        failed
+    else {
+        panic!("{failed:?}");
+    };
+    assert!(error.to_string().contains("permission denied"), "{error}");
     assert!(guest.is_running_now());
     let (arrived, committed) = arrival.join().unwrap();
     assert!(arrived.is_err() && committed.is_none());

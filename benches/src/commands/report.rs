@@ -9,7 +9,7 @@ use serde_json::json;
 use crate::report::group::{Quantity, cell, cells};
 use crate::report::verdict::{duels, losses, tally};
 use crate::report::{csv, html, svg, table};
-use crate::shown::Shown;
+use crate::shown::{Shown, say};
 use crate::study::{Study, file};
 use crate::{BenchError, keep};
 
@@ -45,7 +45,7 @@ pub(crate) fn report(options: &ReportOptions) -> Result<Summary, BenchError> {
 fn write(path: Option<&Path>, draw: impl FnOnce() -> String) -> Result<(), BenchError> {
     let Some(path) = path else { return Ok(()) };
     keep::write(path, &draw())?;
-    eprintln!("wrote {}", path.display());
+    say(format_args!("wrote {}", path.display()));
     Ok(())
 }
 
@@ -74,7 +74,7 @@ impl Shown for Summary {
         let (duels, groups) = (duels(study), groups.collect::<Vec<_>>());
         let behind = losses(study, &duels).into_iter().map(|loss| {
             json!({"link": loss.link, "guest": loss.guest, "mover": loss.mover, "quantity": loss.quantity.name(),
-                "words": loss.words, "remark": loss.remark})
+                "words": loss.words, "reason": loss.reason})
         });
         let tally = tally(&duels);
         let found = json!({"preset": study.preset, "machine": study.machine, "interrupted": study.interrupted, "groups": groups,

@@ -52,6 +52,8 @@ pub(crate) struct Moved {
     pub(crate) throttle_percent: f64,
     /// What the guest wrote meanwhile, as bytes of pages per second.
     pub(crate) guest_bytes_per_second: Option<f64>,
+    /// Whether the guest ran at the destination before all of its memory was there.
+    pub(crate) in_postcopy: bool,
     /// What shows that the guest arrived as it was.
     pub(crate) verified: Vec<Proof>,
     /// Where its bytes went, if the engine says so.

@@ -168,6 +168,7 @@ impl Mover for Ours {
             rounds: report["rounds"].as_array().map_or(0, |rounds| rounds.len() as u64),
             throttle_percent: number(&report, "/throttle_peak_percent")?,
             guest_bytes_per_second: report["guest_pages_per_second"].as_f64().map(|pages| pages * PAGE as f64),
+            in_postcopy: false,
             verified: proofs(&report, &arrived),
             stages: stages(&report)?,
             converged,
@@ -237,21 +238,30 @@ fn report_of(program: &mut Program) -> Result<Value, BenchError> {
 
 /// Whether the guest was moved; an error if it neither was nor ran out of time.
 fn converged(report: &Value) -> Result<bool, BenchError> {
+    let differs = report["digest_match"] == false || report["full_verify_match"] == false;
     match report["outcome"].as_str() {
-        Some("completed") if report["digest_match"] == true => Ok(true),
-        Some("cancelled") => Ok(false),
+        Some("completed") if report["digest_match"] == true && !differs => Ok(true),
+        Some("cancelled") if !differs => Ok(false),
+        Some("failed") if !differs => Err(failed("migrate send", report)),
         _ => Err(BenchError::Wrong(format!("migrate send reports {report}"))),
     }
+}
+
+/// One that failed is no wrong answer: a peer may have died, or a cable.
+fn failed(side: &str, report: &Value) -> BenchError {
+    let why = report["error"].as_str().unwrap_or("it does not say why");
+    BenchError::Tool(format!("{side} failed: {why}"))
 }
 
 /// The destination's report, with the guest's own check of its memory.
 fn receive_report(receiver: &mut Program) -> Result<Value, BenchError> {
     let report = report_of(receiver)?;
-    let wrong = report["guest_self_check"].as_str().is_some_and(|said| said != "ok");
-    if wrong || report["outcome"] != "completed" {
-        return Err(BenchError::Wrong(format!("migrate receive reports {report}")));
+    let check = report["guest_self_check"].as_str().filter(|said| *said != "ok");
+    match (check, report["outcome"].as_str()) {
+        (Some(_), _) => Err(BenchError::Wrong(format!("migrate receive reports {report}"))),
+        (None, Some("completed")) => Ok(report),
+        _ => Err(failed("migrate receive", &report)),
     }
-    Ok(report)
 }
 
 fn usage(report: &Value, side: &str) -> Usage {
@@ -313,6 +323,11 @@ mod tests {
         assert!(converged(&json!({"outcome": "completed", "digest_match": true})).unwrap());
         assert!(!converged(&json!({"outcome": "cancelled"})).unwrap());
         assert!(converged(&json!({"outcome": "completed", "digest_match": null})).is_err());
-        assert!(converged(&json!({"outcome": "failed", "error": "no route"})).is_err());
+        let failed = converged(&json!({"outcome": "failed", "error": "no route"})).unwrap_err();
+        assert!(matches!(failed, BenchError::Tool(_)) && failed.to_string().contains("no route"), "{failed}");
+        for outcome in ["completed", "cancelled", "failed"] {
+            let differs = converged(&json!({"outcome": outcome, "digest_match": false})).unwrap_err();
+            assert!(matches!(differs, BenchError::Wrong(_)), "{outcome}: {differs}");
+        }
     }
 }

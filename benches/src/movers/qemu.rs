@@ -79,8 +79,8 @@ impl Qemu {
         if side == Side::Destination {
             command.args(["-incoming", "defer"]);
         }
-        let mut program = Program::start("qemu", command)?;
-        let mut qmp = Qmp::connect(&socket, || program.check())?;
+        let mut program = Program::start(in_words(side), command)?;
+        let mut qmp = Qmp::connect(in_words(side), &socket, || program.check())?;
         qmp.command("migrate-set-capabilities", &json!({"capabilities": self.setting.capabilities()}))?;
         qmp.command("migrate-set-parameters", &self.setting.parameters())?;
         Ok(Machine { program, qmp, console, start: Usage::default() })
@@ -136,6 +136,10 @@ impl Qemu {
         command.args(["export", what]).arg(path).args(subject.arguments());
         Program::start("migrate export", command)?.output(PATIENCE)
     }
+}
+
+fn in_words(side: Side) -> &'static str {
+    if side == Side::Source { "QEMU at the source" } else { "QEMU at the destination" }
 }
 
 /// A copy that is as long as the guest's memory.
@@ -236,6 +240,7 @@ impl Mover for Qemu {
             rounds: report["ram"]["dirty-sync-count"].as_u64().unwrap_or(0),
             throttle_percent: watched.throttle_percent,
             guest_bytes_per_second: pages_per_second.map(|pages| pages * PAGE),
+            in_postcopy: source.qmp.saw_postcopy(),
             verified,
             stages: Vec::new(),
             converged: watched.converged,
@@ -268,7 +273,14 @@ impl Machine {
     fn wait_arrived(&mut self) -> Result<Instant, BenchError> {
         let arrived = match self.qmp.migration_state(&["completed", "failed"], PATIENCE)? {
             Some((arrived, state)) if state == "completed" => arrived,
-            other => return Err(BenchError::Wrong(format!("QEMU's destination ended with {other:?}"))),
+            Some((_, state)) => {
+                return Err(BenchError::Tool(format!("QEMU at the destination says that it is {state}")));
+            }
+            None => {
+                return Err(BenchError::Tool(format!(
+                    "the guest had not arrived {PATIENCE:?} after its source was done"
+                )));
+            }
         };
         match &self.console {
             Some(console) => console.first_beat(PATIENCE).map(|_| arrived),
@@ -303,7 +315,9 @@ impl Machine {
         let mut switched = !postcopy;
         let end = loop {
             let left = limit.saturating_sub(started.elapsed());
-            if let Some(end) = self.qmp.migration_state(&ENDS, left.min(LOOK))? {
+            let end = self.qmp.migration_state(&ENDS, left.min(LOOK));
+            // How the program ended says more than that nobody answers.
+            if let Some(end) = end.map_err(|error| self.program.check().err().unwrap_or(error))? {
                 break end;
             }
             if left.is_zero() {
@@ -331,7 +345,7 @@ impl Machine {
             }
             other => {
                 let report = self.qmp.command("query-migrate", &Value::Null)?;
-                Err(BenchError::Wrong(format!("QEMU's migration ended with {other:?}: {report}")))
+                Err(BenchError::Tool(format!("QEMU's migration ended with {other:?}: {report}")))
             }
         }
     }
@@ -340,7 +354,7 @@ impl Machine {
     fn cancel(&mut self) -> Result<(Instant, String), BenchError> {
         self.qmp.command("migrate_cancel", &Value::Null)?;
         let end = self.qmp.migration_state(&ENDS, PATIENCE)?;
-        end.ok_or_else(|| BenchError::Wrong("QEMU neither ends its migration nor gives it up".to_owned()))
+        end.ok_or_else(|| BenchError::Tool("QEMU neither ends its migration nor gives it up".to_owned()))
     }
 }
 

@@ -17,18 +17,29 @@ const LOOK_UP: Duration = Duration::from_millis(50);
 /// QEMU answers in milliseconds, unless the machine is very busy.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// The state of a migration whose guest runs at the destination already.
+const POSTCOPY: &str = "postcopy-active";
+
 /// A connection to one QEMU.
 #[derive(Debug)]
 pub(super) struct Qmp {
+    /// Who is at the other end.
+    name: &'static str,
     stream: UnixStream,
     lines: Receiver<(Instant, Value)>,
     /// Events that came while an answer was waited for, with their times.
     events: Vec<(Instant, Value)>,
+    /// Whether its migration has gone over to post-copy.
+    postcopy: bool,
 }
 
 impl Qmp {
     /// Connects once the socket is there, as long as QEMU is `alive`, and leaves the mode of negotiation.
-    pub(super) fn connect(path: &Path, mut alive: impl FnMut() -> Result<(), BenchError>) -> Result<Self, BenchError> {
+    pub(super) fn connect(
+        name: &'static str,
+        path: &Path,
+        mut alive: impl FnMut() -> Result<(), BenchError>,
+    ) -> Result<Self, BenchError> {
         let deadline = Instant::now() + PATIENCE;
         let stream = loop {
             match UnixStream::connect(path) {
@@ -39,17 +50,17 @@ impl Qmp {
             interrupt::check()?;
             alive()?;
         };
-        Self::over(stream)
+        Self::over(name, stream)
     }
 
-    fn over(stream: UnixStream) -> Result<Self, BenchError> {
+    fn over(name: &'static str, stream: UnixStream) -> Result<Self, BenchError> {
         let read = BufReader::new(stream.try_clone().map_err(host("cannot share a socket"))?);
         let (sender, lines) = channel();
         std::thread::spawn(move || {
             let values = read.lines().map_while(Result::ok).filter_map(|line| serde_json::from_str(&line).ok());
             values.for_each(|value| drop(sender.send((Instant::now(), value))));
         });
-        let mut qmp = Self { stream, lines, events: Vec::new() };
+        let mut qmp = Self { name, stream, lines, events: Vec::new(), postcopy: false };
         qmp.command("qmp_capabilities", &Value::Null)?;
         Ok(qmp)
     }
@@ -73,6 +84,11 @@ impl Qmp {
             self.events.push((at, line));
         }
         Err(BenchError::Tool(format!("QEMU does not answer {order}")))
+    }
+
+    /// Whether its migration has gone over to post-copy, as far as its events have been read.
+    pub(super) fn saw_postcopy(&self) -> bool {
+        self.postcopy
     }
 
     /// Forgets the events so far.
@@ -107,8 +123,13 @@ impl Qmp {
             interrupt::check()?;
             let left = deadline.saturating_duration_since(Instant::now());
             match self.lines.recv_timeout(left.min(LOOK_UP)) {
-                Ok(line) => return Ok(Some(line)),
-                Err(RecvTimeoutError::Disconnected) => return Err(BenchError::Tool("QEMU has ended".to_owned())),
+                Ok(line) => {
+                    self.postcopy |= wanted_state(&line.1, &[POSTCOPY]).is_some();
+                    return Ok(Some(line));
+                }
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(BenchError::Tool(format!("{} has ended", self.name)));
+                }
                 Err(RecvTimeoutError::Timeout) if left.is_zero() => return Ok(None),
                 Err(RecvTimeoutError::Timeout) => {}
             }
@@ -137,7 +158,7 @@ mod tests {
         let (ours, mut theirs) = UnixStream::pair().unwrap();
         theirs.write_all(lines.as_bytes()).unwrap();
         std::thread::spawn(move || std::io::copy(&mut theirs.try_clone().unwrap(), &mut std::io::sink()));
-        Qmp::over(ours).unwrap()
+        Qmp::over("QEMU", ours).unwrap()
     }
 
     const START: &str = "{\"QMP\": {\"version\": {}}}\n{\"return\": {}}\n";
@@ -150,6 +171,16 @@ mod tests {
         let found = qmp.migration_state(&["completed", "failed"], Duration::ZERO).unwrap();
         assert_eq!(found.unwrap().1, "completed");
         assert!(qmp.migration_state(&["completed"], Duration::ZERO).unwrap().is_none());
+    }
+
+    #[test]
+    fn going_over_to_postcopy_is_seen_whatever_is_waited_for() {
+        let event = |state| format!("{{\"event\": \"MIGRATION\", \"data\": {{\"status\": \"{state}\"}}}}\n");
+        for (states, seen) in [(["active", "completed"], false), (["postcopy-active", "completed"], true)] {
+            let mut qmp = qemu(&format!("{START}{}{}", event(states[0]), event(states[1])));
+            let found = qmp.migration_state(&["completed"], Duration::from_secs(60)).unwrap();
+            assert!(found.is_some() && qmp.saw_postcopy() == seen, "{states:?}");
+        }
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod spec;
 use std::fs;
 use std::net::{IpAddr, Ipv4Addr, SocketAddr, TcpListener};
 use std::os::fd::AsFd;
+use std::os::unix::process::CommandExt;
 use std::path::Path;
 use std::process::{Command, Output};
 use std::time::Duration;
@@ -26,7 +27,7 @@ pub(crate) use self::spec::LinkSpec;
 
 use crate::process::Program;
 use crate::study::Shaper;
-use crate::{BenchError, host};
+use crate::{BenchError, host, interrupt};
 
 /// Where the destination listens in its namespace, and where a relay does in front of it.
 const PORT: u16 = 7000;
@@ -287,16 +288,11 @@ fn missing_programs(programs: &[(&str, &str)]) -> Vec<String> {
     if !crate::sys::is_root() {
         missing.push("the rights of root".to_owned());
     } else if missing.is_empty() {
-        missing.extend(try_namespace().err().map(|error| format!("network namespaces ({error})")));
+        // A kernel may lack any part of it.
+        let trial = Wire::new(Rate::BitsPerSecond(1_000_000_000));
+        missing.extend(trial.err().map(|error| format!("network namespaces joined by a shaped wire ({error})")));
     }
     missing
-}
-
-fn try_namespace() -> Result<(), BenchError> {
-    let name = format!("{PREFIX}{}-trial", std::process::id());
-    let made = ip(&["netns", "add", &name]);
-    remove(&name);
-    made
 }
 
 fn remove(namespace: &str) {
@@ -326,10 +322,12 @@ fn ip(arguments: &[&str]) -> Result<(), BenchError> {
 }
 
 fn checked(command: &mut Command) -> Result<Output, BenchError> {
-    let output = command.output().map_err(host("cannot start a network tool"))?;
+    // In a group of its own Ctrl-C does not reach it: what is half made could not be taken down.
+    let output = command.process_group(0).output().map_err(host("cannot start a network tool"))?;
     if output.status.success() {
         return Ok(output);
     }
+    interrupt::check()?;
     let said = String::from_utf8_lossy(&output.stderr);
     Err(BenchError::Tool(format!("{command:?} failed: {}", said.trim())))
 }

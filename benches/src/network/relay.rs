@@ -15,6 +15,7 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use super::Rate;
+use crate::shown::say;
 
 /// Bytes that are received, held and sent at once: small beside what passes in a millisecond of the fastest link, large
 /// beside what a system call costs.
@@ -178,7 +179,7 @@ impl Shared {
                 Ok((near, _)) => drop(self.join(near)),
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => std::thread::sleep(LOOK_UP),
                 Err(error) => {
-                    eprintln!("warning: the relay cannot take a connection: {error}");
+                    say(format_args!("warning: the relay cannot take a connection: {error}"));
                     std::thread::sleep(Duration::from_secs(1));
                 }
             }

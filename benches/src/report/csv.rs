@@ -6,7 +6,7 @@ type Column = (&'static str, fn(&Study, &Run) -> String);
 
 const STAGES: [&str; 7] = ["zero", "unchanged", "pattern", "delta", "duplicate", "packing", "sent"];
 
-const COLUMNS: [Column; 34] = [
+const COLUMNS: [Column; 35] = [
     ("link", |_, run| run.link.clone()),
     ("link_bits_per_second", |study, run| of_link(study, run, |link| option(link.bits_per_second))),
     ("link_rtt_ms", |study, run| of_link(study, run, |link| number(link.rtt_ms))),
@@ -40,6 +40,7 @@ const COLUMNS: [Column; 34] = [
     ("destination_beside_guest_bytes", |_, run| option(run.destination.beside_guest_bytes)),
     ("throttle_percent", |_, run| number(run.throttle_percent)),
     ("guest_bytes_per_second", |_, run| run.guest_bytes_per_second.map_or_else(String::new, number)),
+    ("stolen_share", |_, run| run.stolen_share.map_or_else(String::new, number)),
     ("interrupted_study", |study, _| study.interrupted.to_string()),
 ];
 

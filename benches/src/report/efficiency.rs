@@ -1,7 +1,9 @@
 //! How much of a link a migration uses: what nobody can pack, beside a plain copy of as many bytes.
 
 use crate::outcome::median;
-use crate::study::{End, Engine, Guest, Link, Mover, Study};
+use crate::study::{Engine, Guest, Link, Mover, Study};
+
+use super::group::{Group, Quantity};
 
 /// A migration may take so many times what the copy takes ...
 pub(crate) const MOST_RATIO: f64 = 1.03;
@@ -31,7 +33,7 @@ impl Beside<'_> {
     }
 }
 
-/// Every mover of ours that was run beside a plain copy.
+/// Every mover of ours that was run beside a plain copy, and came to its end every time.
 pub(crate) fn beside(study: &Study) -> Vec<Beside<'_>> {
     let mut all = Vec::new();
     for link in &study.links {
@@ -39,9 +41,10 @@ pub(crate) fn beside(study: &Study) -> Vec<Beside<'_>> {
             let of_cell = |copy: &&crate::study::PlainCopy| copy.link == link.name && copy.guest == guest.name;
             let copies: Vec<f64> = study.copies.iter().filter(of_cell).map(|copy| copy.seconds).collect();
             for mover in study.movers.iter().filter(|mover| mover.engine == Engine::Pageferry) {
-                let runs = study.runs_of(&link.name, &guest.name, &mover.name);
-                let times: Vec<f64> = runs.filter(|run| run.end == End::Completed).map(|run| run.seconds).collect();
-                let (copy_seconds, seconds) = (median(&copies), median(&times));
+                // Those that came to an end would speak for those that did not.
+                let group = Group::of(study, link, guest, mover).filter(Group::finished);
+                let seconds = group.map_or(f64::NAN, |group| group.sample(Quantity::Time).median());
+                let copy_seconds = median(&copies);
                 if copy_seconds.is_finite() && seconds.is_finite() {
                     all.push(Beside { link, guest, mover, copy_seconds, seconds });
                 }
@@ -55,7 +58,7 @@ pub(crate) fn beside(study: &Study) -> Vec<Beside<'_>> {
 mod tests {
     use super::*;
     use crate::report::example;
-    use crate::study::PlainCopy;
+    use crate::study::{End, PlainCopy};
 
     #[test]
     fn a_migration_is_measured_by_the_median_copy() {
@@ -69,6 +72,8 @@ mod tests {
         assert!((found[0].ratio() - 11.0 / 10.75).abs() < 1e-9 && found[0].met());
         study.copies[1].seconds = 10.6;
         assert!(!beside(&study)[0].met());
+        study.runs[0].end = End::GivenUp;
+        assert!(beside(&study).is_empty());
         study.runs.clear();
         assert!(beside(&study).is_empty());
     }

@@ -53,6 +53,7 @@ pub(crate) fn full() -> Study {
         link: "unshaped".to_owned(),
         guest: "idle".to_owned(),
         quantity: "cpu".to_owned(),
+        against: None,
         text: "digests of both sides cost time that QEMU does not spend".to_owned(),
     });
     study
@@ -233,6 +234,8 @@ fn run(link: &Link, guest: &Guest, mover: &Mover, turn: u32, noise: &mut Noise) 
         throttle_percent: 0.0,
         guest_bytes_per_second: (guest.dirty_bytes_per_second > 0)
             .then_some(guest.dirty_bytes_per_second as f64 * 0.98 * noise.factor()),
+        in_postcopy: Some(false),
+        stolen_share: Some(0.002 * noise.factor()),
         verified: if completed { vec![Proof::Digest, Proof::GuestCheck] } else { Vec::new() },
         stages: stages(mover, wire_bytes, share),
     }

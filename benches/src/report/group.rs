@@ -1,6 +1,7 @@
 //! The runs of one mover in one cell, and what they say together.
 
 use crate::outcome::median;
+use crate::steal::DISTURBING;
 use crate::study::{End, Engine, Guest, Link, Mover, Proof, Run, Study};
 
 use super::words;
@@ -153,6 +154,11 @@ impl Standing {
 /// Whether something proved that the guest's memory arrived as it was. A beating heart says nothing about memory.
 pub(crate) fn is_verified(run: &Run) -> bool {
     run.verified.iter().any(|proof| *proof != Proof::Alive)
+}
+
+/// Whether the machine's own host took so much CPU time during a run that its numbers may say more about that.
+pub(crate) fn is_disturbed(run: &Run) -> bool {
+    run.stolen_share.is_some_and(|share| share > DISTURBING)
 }
 
 /// How much of what it was to write the guest wrote in a run, from 0 to 1. One that has fallen behind catches up, so

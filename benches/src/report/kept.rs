@@ -8,7 +8,7 @@ use crate::BenchError;
 use crate::study::{Study, file};
 
 use super::difference::{Measurement, Series};
-use super::group::{Group, Quantity, Sample, cell, cells};
+use super::group::{Group, Quantity, Sample, cell, cells, is_disturbed};
 use super::words;
 
 /// Facts that differ between any two measurements and explain nothing.
@@ -24,6 +24,9 @@ pub(crate) fn measurement(path: &Path) -> Result<Measurement, BenchError> {
     let mut parts: Vec<(PathBuf, Value)> = Vec::new();
     for part in files(path)? {
         match file::value(&part) {
+            Ok(value) if value["interrupted"] == true => {
+                all.skipped.push(format!("{} was interrupted: name it to have it read", part.display()));
+            }
             Ok(value) => parts.push((part, value)),
             Err(error) => all.skipped.push(error.to_string()),
         }
@@ -91,6 +94,8 @@ fn of_study(study: &Study, value: &Value, prefix: &str) -> Measurement {
         facts.push((format!("version of {}", mover.name), mover.version.clone()));
         facts.push((format!("settings of {}", mover.name), mover.settings.clone()));
     }
+    let disturbed = study.runs.iter().filter(|run| is_disturbed(run)).count();
+    facts.push(("runs that the host disturbed".to_owned(), format!("{disturbed} of {}", study.runs.len())));
     for link in &study.links {
         facts.push((format!("{}: shaped by", link.name), words::shaper(link.shaper).to_owned()));
     }
@@ -195,6 +200,10 @@ mod tests {
         let found = measurement(study.parent().unwrap()).unwrap();
         assert_eq!(found.series.len(), measurement(&study).unwrap().series.len());
         assert!(found.skipped.len() == 1 && found.skipped[0].contains("other.json"), "{:?}", found.skipped);
+        let interrupted = Study { interrupted: true, ..example::alone() };
+        std::fs::write(scratch.file("harness-y.json"), serde_json::to_string(&interrupted).unwrap()).unwrap();
+        let again = measurement(study.parent().unwrap()).unwrap();
+        assert!(again.series.len() == found.series.len() && again.skipped[0].contains("harness-y.json"));
     }
 
     #[test]

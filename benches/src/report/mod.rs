@@ -14,6 +14,7 @@ pub(crate) mod kept;
 mod markup;
 mod outlook;
 mod page;
+mod reasons;
 mod svg;
 mod table;
 pub(crate) mod verdict;
@@ -88,6 +89,22 @@ mod tests {
             assert!(text.contains(words), "{words}");
         }
         assert!(text.contains(" hollow"));
+    }
+
+    #[test]
+    fn a_run_that_the_host_disturbed_is_marked() {
+        let mut study = example::small(&[3.0, 1.0]);
+        for (share, marked) in [(None, false), (Some(0.04), false), (Some(0.4), true)] {
+            study.runs[1].stolen_share = share;
+            let (page, table) = (words_of(&html(&study)), table(&study));
+            assert_eq!(
+                page.contains("During 1 of 2 runs the host") && page.contains("up to 40 %"),
+                marked,
+                "{share:?}"
+            );
+            assert_eq!(table.contains("ours ~") && table.contains("took more than 5 %"), marked, "{share:?}: {table}");
+        }
+        assert!(csv(&study).contains(",0.4,"));
     }
 
     #[test]

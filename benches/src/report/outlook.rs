@@ -22,7 +22,7 @@ fn payload(bits_per_second: f64) -> f64 {
     bits_per_second / 8.0 * PAYLOAD_SHARE
 }
 
-/// What a GiB of guest memory costs a mover, where the link held it up least.
+/// What a GiB of guest memory costs a mover that no link holds up.
 #[derive(Clone, Debug)]
 pub(crate) struct CpuCost<'a> {
     pub(crate) group: Group<'a>,
@@ -42,21 +42,22 @@ impl CpuCost<'_> {
         GIB * 8.0 / self.dearer()
     }
 
-    /// Cores that the dearer side needs so that a link that carries whole pages is what limits it.
+    /// Cores that the dearer side needs to take up guest memory as fast as a link could carry it as it is.
     pub(crate) fn cores_for(&self, bits_per_second: f64) -> f64 {
         self.dearer() * payload(bits_per_second) / GIB
     }
 }
 
-/// The link that limits least: one that is not shaped, or else the fastest.
-pub(crate) fn fastest_link(study: &Study) -> Option<&Link> {
+/// A link that holds nobody up. Over a shaped one who waits for it spends CPU time on waiting, and who may choose spends it on
+/// packing harder: neither says what a faster link would cost.
+pub(crate) fn unshaped_link(study: &Study) -> Option<&Link> {
     let measured = |link: &&Link| study.runs.iter().any(|run| run.link == link.name);
-    study.links.iter().filter(measured).max_by_key(|link| link.bits_per_second.unwrap_or(u64::MAX))
+    study.links.iter().filter(measured).find(|link| link.bits_per_second.is_none())
 }
 
-/// Costs on the fastest link, of guests that stand idle, or of all if none does.
+/// Costs on such a link, of guests that stand idle, or of all if none does; none without such a link.
 pub(crate) fn cpu_costs(study: &Study) -> Vec<CpuCost<'_>> {
-    let Some(link) = fastest_link(study) else { return Vec::new() };
+    let Some(link) = unshaped_link(study) else { return Vec::new() };
     let groups = || study.guests.iter().flat_map(move |guest| cell(study, link, guest)).filter(Group::finished);
     let idle = groups().any(|group| group.guest.writes == Writes::Idle);
     let chosen = groups().filter(|group| !idle || group.guest.writes == Writes::Idle);
@@ -78,10 +79,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn costs_are_those_of_idle_guests_on_the_fastest_link() {
+    fn costs_are_those_of_idle_guests_on_a_link_that_holds_nobody_up() {
         let study = example::full();
         let costs = cpu_costs(&study);
-        assert_eq!(fastest_link(&study).unwrap().name, "unshaped");
+        assert_eq!(unshaped_link(&study).unwrap().name, "unshaped");
         assert_eq!(costs.len(), study.movers.len());
         assert!(costs.iter().all(|cost| cost.group.guest.name == "idle" && cost.group.link.name == "unshaped"));
     }
@@ -89,6 +90,8 @@ mod tests {
     #[test]
     fn cores_follow_from_the_dearer_side() {
         let mut study = example::small(&[10.0]);
+        assert!(cpu_costs(&study).is_empty());
+        study.links[0].bits_per_second = None;
         study.guests[0].bytes = 2 << 30;
         study.runs[0].source.cpu_seconds = 1.0;
         study.runs[0].destination.cpu_seconds = 4.0;
@@ -100,7 +103,7 @@ mod tests {
 
     #[test]
     fn a_study_without_runs_has_no_costs() {
-        assert!(fastest_link(&example::nothing()).is_none() && cpu_costs(&example::nothing()).is_empty());
+        assert!(unshaped_link(&example::nothing()).is_none() && cpu_costs(&example::nothing()).is_empty());
     }
 
     #[test]

@@ -2,15 +2,21 @@
 
 use std::fmt::Write;
 
+use crate::steal::DISTURBING;
 use crate::study::Study;
 
 use super::answer::standing;
 use super::efficiency::{Beside, MOST_RATIO, beside};
-use super::group::{Group, Quantity, cell};
-use super::verdict::{NO_REASON, duels, losses};
+use super::group::{Group, Quantity, cell, is_disturbed};
+use super::verdict::{by_reason, duels, losses};
 use super::words;
 
 const TITLES: [&str; 10] = ["guest", "mover", "time", "downtime", "stall", "wire", "CPU", "passes", "slowed", "worked"];
+
+/// Behind the name of a mover: not every run came to its end; memory of one was not verified; the host disturbed one.
+const UNFINISHED: char = '!';
+const UNVERIFIED: char = '?';
+const DISTURBED: char = '~';
 
 /// The table, what the marks in it mean, and where ours is behind.
 pub(crate) fn table(study: &Study) -> String {
@@ -75,15 +81,17 @@ fn row(group: &Group<'_>, first: bool) -> [String; 10] {
         let median = group.sample(quantity).median();
         if median.is_finite() { quantity.shown(median) } else { words::NOTHING.to_owned() }
     };
-    let mark = match group.standing {
-        standing if !standing.finished() => " !",
-        standing if standing.unverified > 0 => " ?",
-        _ => "",
-    };
+    let marks = [
+        (!group.standing.finished(), UNFINISHED),
+        (group.standing.unverified > 0, UNVERIFIED),
+        (group.runs.iter().any(|run| is_disturbed(run)), DISTURBED),
+    ];
+    let marks: String = marks.into_iter().filter_map(|(holds, mark)| holds.then_some(mark)).collect();
+    let gap = if marks.is_empty() { "" } else { " " };
     let throttle = group.median_of(|run| run.throttle_percent);
     [
         if first { group.guest.name.clone() } else { String::new() },
-        format!("{}{mark}", group.mover.name),
+        format!("{}{gap}{marks}", group.mover.name),
         shown(Quantity::Time),
         shown(Quantity::Downtime),
         shown(Quantity::Stall),
@@ -107,13 +115,24 @@ fn aligned(cells: &[String; 10], widths: &[usize; 10]) -> String {
 }
 
 fn key(rows: &[(usize, [String; 10])]) -> String {
-    let has = |mark: &str| rows.iter().any(|(_, row)| row[1].ends_with(mark));
+    // Behind a gap: no mark is part of a name.
+    let has =
+        |mark: char| rows.iter().any(|(_, row)| row[1].rsplit_once(' ').is_some_and(|(_, marks)| marks.contains(mark)));
     let mut text = String::new();
-    if has(" !") {
+    if has(UNFINISHED) {
         text += "! not every run came to its end; the numbers are of those that did, or of when they were given up\n";
     }
-    if has(" ?") {
+    if has(UNVERIFIED) {
         text += "? nothing proves that memory arrived as it was\n";
+    }
+    if has(DISTURBED) {
+        put(
+            &mut text,
+            format_args!(
+                "~ during a run the host of this machine took more than {} of its CPU time\n",
+                words::percent(DISTURBING)
+            ),
+        );
     }
     text
 }
@@ -127,13 +146,12 @@ fn behind(study: &Study) -> String {
     if let Some(words) = standing(&duels) {
         put(&mut text, format_args!("{words}\n"));
     }
-    for loss in losses(study, &duels) {
-        let why = loss.remark.unwrap_or(NO_REASON);
-        let (guest, link, quantity) = (loss.guest, loss.link, loss.quantity.title());
-        put(
-            &mut text,
-            format_args!("  behind: {guest} over {link}, {} {quantity}: {} ({why})\n", loss.mover, loss.words),
-        );
+    for (reason, losses) in by_reason(&losses(study, &duels)) {
+        for loss in losses {
+            let (guest, link, quantity) = (loss.guest, loss.link, loss.quantity.title());
+            put(&mut text, format_args!("  behind: {guest} over {link}, {} {quantity}: {}\n", loss.mover, loss.words));
+        }
+        put(&mut text, format_args!("    why: {reason}\n"));
     }
     for note in &study.notes {
         put(&mut text, format_args!("  note: {note}\n"));

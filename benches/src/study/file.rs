@@ -12,7 +12,7 @@ const REMARKS: &str = "remarks.json";
 
 /// Reads a study, and refuses what is none, or one of another form. Why ours is behind stands in a file beside it, if
 /// somebody has looked into it: `harness-paper.remarks.json` for `harness-paper.json`, a list of objects with `link`, `guest`,
-/// `quantity` and `text`.
+/// `quantity`, `text`, and `against` if it is true of one opponent alone.
 pub(crate) fn read(path: &Path) -> Result<Study, BenchError> {
     let mut study = parse(&value(path)?).map_err(|reason| refused(path, &reason))?;
     let beside = path.with_extension(REMARKS);

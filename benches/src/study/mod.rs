@@ -140,6 +140,13 @@ pub(crate) struct Run {
     /// a guest that does not tell, or a migration too short for that.
     #[serde(default)]
     pub(crate) guest_bytes_per_second: Option<f64>,
+    /// Whether the guest ran at the destination before all of its memory was there; nothing in studies that did not note it.
+    #[serde(default)]
+    pub(crate) in_postcopy: Option<bool>,
+    /// Of the CPU time that this machine asked for while the run was prepared, made and checked, how much its own host gave to
+    /// others, from 0 to 1; nothing where nobody knows.
+    #[serde(default)]
+    pub(crate) stolen_share: Option<f64>,
     /// What proved that memory arrived as it was; nothing if that was not possible.
     pub(crate) verified: Vec<Proof>,
     /// Where the bytes of the guest went; empty if the engine does not say.
@@ -231,6 +238,9 @@ pub(crate) struct Remark {
     pub(crate) guest: String,
     /// `time`, `downtime`, `stall`, `bytes` or `cpu`.
     pub(crate) quantity: String,
+    /// The mover that the text is about; a loss to another is not explained by it. Nothing if it holds against all.
+    #[serde(default)]
+    pub(crate) against: Option<String>,
     pub(crate) text: String,
 }
 

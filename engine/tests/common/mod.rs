@@ -7,7 +7,7 @@ pub mod source;
 use std::io::{Read, Write};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use pageferry::dirty::{DirtySource, WriteLog};
 use pageferry::memory::{Backing, GuestMemory, Layout, MappedMemory, Region, RegionId};
@@ -48,6 +48,16 @@ pub struct Guest {
 impl Guest {
     /// A guest of `pages` pages whose thread writes a page every `interval`; `None` for an idle one.
     pub fn new(pages: u64, interval: Option<Duration>) -> Self {
+        Self::writing(pages, interval, 1)
+    }
+
+    /// A guest whose thread makes up for what it did not write while it waited for a core: it writes as fast on a
+    /// loaded machine.
+    pub fn steady(pages: u64, interval: Duration) -> Self {
+        Self::writing(pages, Some(interval), 1000)
+    }
+
+    fn writing(pages: u64, interval: Option<Duration>, most_at_once: u32) -> Self {
         let layout = layout(pages);
         let memory = Arc::new(MappedMemory::new(layout.clone(), Backing::Anonymous).unwrap());
         for (id, region) in layout.iter() {
@@ -66,7 +76,7 @@ impl Guest {
         });
         let writer = interval.map(|interval| {
             let shared = Arc::clone(&shared);
-            std::thread::spawn(move || write_on(&shared, interval))
+            std::thread::spawn(move || write_on(&shared, interval, most_at_once))
         });
         Self { shared, log, steps: Vec::new(), writer, was_running: true, config: b"test guest".to_vec() }
     }
@@ -89,12 +99,14 @@ impl Drop for Guest {
     }
 }
 
-fn write_on(shared: &Shared, interval: Duration) {
+/// Writes what is due every `interval`, but no more than `most_at_once`.
+fn write_on(shared: &Shared, interval: Duration, most_at_once: u32) {
     let layout = shared.memory.layout().clone();
     let pages: Vec<u64> = layout.regions().iter().map(Region::page_count).collect();
+    let (mut last, mut due) = (Instant::now(), 1);
     while !shared.ended.load(Ordering::SeqCst) {
         let running = shared.running.lock().unwrap();
-        if *running {
+        for _ in 0..if *running { due } else { 0 } {
             let n = shared.writes.fetch_add(1, Ordering::SeqCst);
             let region = (n % 2) as usize;
             let page = n.wrapping_mul(7919) % pages[region].max(1);
@@ -106,6 +118,10 @@ fn write_on(shared: &Shared, interval: Duration) {
         drop(running);
         let slower = 100 / (100 - shared.throttle.load(Ordering::SeqCst)).max(1) as u32;
         std::thread::sleep(interval * slower);
+        let passed = last.elapsed();
+        last += passed;
+        let passed_by = passed.as_nanos() / (interval * slower).as_nanos().max(1);
+        due = u32::try_from(passed_by).unwrap_or(u32::MAX).clamp(1, most_at_once);
     }
 }
 

@@ -9,7 +9,10 @@ use crate::machine::Machine;
 use crate::movers::{Moved, Mover, Task};
 use crate::network::Network;
 use crate::process::Usage;
+use crate::report::{group::is_disturbed, words};
 use crate::scratch::Scratch;
+use crate::shown::say;
+use crate::steal::CpuClock;
 use crate::study::model::{DOWNTIME_SECONDS, Expected, expect};
 use crate::study::{Cost, End, FORMAT, Link, PlainCopy, Remaining, Run, Study};
 use crate::{BenchError, interrupt};
@@ -31,13 +34,15 @@ pub(super) struct Conductor<'a> {
     hopeless: HashSet<[String; 3]>,
     /// Whether the operator has been told that runs cannot be kept.
     warned: bool,
+    /// The first wrong answer: the others are still measured, but it is what must be said at the end.
+    wrong: Option<String>,
 }
 
 impl<'a> Conductor<'a> {
     pub(super) fn new(plan: &'a Plan, folder: &'a Folder) -> Result<Self, BenchError> {
         let study = Study {
             format: FORMAT,
-            preset: plan.preset_name().to_owned(),
+            preset: plan.name().to_owned(),
             command: command_line(std::env::args()),
             machine: Machine::here(),
             links: Vec::new(),
@@ -47,23 +52,26 @@ impl<'a> Conductor<'a> {
             copies: Vec::new(),
             remarks: Vec::new(),
             notes: plan.notes.clone(),
-            interrupted: false,
+            // Until it is whole.
+            interrupted: true,
         };
-        Ok(Self { plan, folder, scratch: Scratch::new()?, study, hopeless: HashSet::new(), warned: false })
+        let (scratch, hopeless) = (Scratch::new()?, HashSet::new());
+        Ok(Self { plan, folder, scratch, study, hopeless, warned: false, wrong: None })
     }
 
-    pub(super) fn into_study(mut self, interrupted: bool) -> Study {
+    /// What was measured, and the first wrong answer.
+    pub(super) fn finish(mut self, interrupted: bool) -> (Study, Option<String>) {
         self.study.interrupted = interrupted;
-        self.study
+        (self.study, self.wrong)
     }
 
     /// Runs everything. What was measured before an error stays.
     pub(super) fn run(&mut self) -> Result<(), BenchError> {
         let plan = self.plan;
         for note in &plan.notes {
-            eprintln!("note: {note}");
+            say(format_args!("note: {note}"));
         }
-        eprintln!("{} migrations, about {}", self.left(0, 0, 0).0, minutes(self.left(0, 0, 0).1));
+        say(format_args!("{} migrations, about {}", self.left(0, 0, 0).0, minutes(self.left(0, 0, 0).1)));
         for (at, link) in plan.links.iter().enumerate() {
             self.over(at, link)?;
         }
@@ -83,11 +91,16 @@ impl<'a> Conductor<'a> {
         for turn in 1..=link.turns {
             let goodput = network.try_out()?;
             self.study.links[at].goodputs.push(goodput);
-            eprintln!("{}, turn {turn} of {}: a plain copy gets {}", link.spec, link.turns, efficiency(link, goodput));
+            say(format_args!(
+                "{}, turn {turn} of {}: a plain copy gets {}",
+                link.spec,
+                link.turns,
+                efficiency(link, goodput)
+            ));
             for (index, guest) in plan.guests.iter().enumerate() {
                 self.cell(&network, link, guest, turn)?;
                 let (runs, time) = self.left(at, turn as usize - 1, index + 1);
-                eprintln!("  {runs} migrations left, about {}", minutes(time));
+                say(format_args!("  {runs} migrations left, about {}", minutes(time)));
             }
         }
         Ok(())
@@ -105,17 +118,20 @@ impl<'a> Conductor<'a> {
         let (bytes, name) = (guest.subject.bytes, guest.subject.memory.to_string());
         if guest.is_beside_copy() {
             let seconds = network.copy(bytes, link.limit.max(floor(link, bytes) * 3))?;
-            eprintln!("  {name:<12} {:<28} {seconds:.2} s", "plain copy");
+            say(format_args!("  {name:<12} {:<28} {seconds:.2} s", "plain copy"));
             self.study.copies.push(PlainCopy { link: link.spec.to_string(), guest: name.clone(), turn, seconds });
         }
         for mover in guest.movers(&plan.movers) {
             let key = [link.spec.to_string(), name.clone(), mover.name().to_owned()];
             if self.hopeless.contains(&key) {
-                eprintln!("  {name:<12} {:<28} not tried again: it was given up in an earlier turn", mover.name());
+                say(format_args!(
+                    "  {name:<12} {:<28} not tried again: it was given up in an earlier turn",
+                    mover.name()
+                ));
                 continue;
             }
             let run = self.migrate(network, link, guest, mover, turn)?;
-            eprintln!("  {name:<12} {:<28} {}", mover.name(), in_words(&run));
+            say(format_args!("  {name:<12} {:<28} {}", mover.name(), in_words(&run)));
             if run.end == End::GivenUp {
                 self.hopeless.insert(key);
             }
@@ -126,7 +142,7 @@ impl<'a> Conductor<'a> {
     }
 
     fn migrate(
-        &self,
+        &mut self,
         network: &Network,
         link: &PlannedLink,
         guest: &PlannedGuest,
@@ -136,7 +152,7 @@ impl<'a> Conductor<'a> {
         // What nobody can pack takes as long as the link makes it.
         let floor = if guest.is_beside_copy() { floor(link, guest.subject.bytes) * 3 / 2 } else { Duration::ZERO };
         let limit = link.limit.max(floor);
-        let started = Instant::now();
+        let (started, clock) = (Instant::now(), CpuClock::now());
         let moved = mover.run(Task { network, subject: &guest.subject, scratch: &self.scratch, limit });
         let run = |end| Run {
             link: link.spec.to_string(),
@@ -154,6 +170,8 @@ impl<'a> Conductor<'a> {
             destination: Cost::default(),
             throttle_percent: 0.0,
             guest_bytes_per_second: None,
+            in_postcopy: None,
+            stolen_share: clock.zip(CpuClock::now()).and_then(|(before, now)| before.stolen_share(now)),
             verified: Vec::new(),
             stages: Vec::new(),
         };
@@ -164,7 +182,14 @@ impl<'a> Conductor<'a> {
             }
             Err(error @ (BenchError::Interrupted | BenchError::Lacking(_))) => Err(error),
             // One that failed says something of its engine; the others go on.
-            Err(error) => interrupt::check().map(|()| run(End::Failed(error.to_string()))),
+            Err(error) => {
+                interrupt::check()?;
+                let run = run(End::Failed(error.to_string()));
+                if matches!(error, BenchError::Wrong(_)) && self.wrong.is_none() {
+                    self.wrong = Some(format!("{} of {} over {}: {error}", run.mover, run.guest, run.link));
+                }
+                Ok(run)
+            }
         }
     }
 
@@ -174,7 +199,7 @@ impl<'a> Conductor<'a> {
             && !self.warned
         {
             self.warned = true;
-            eprintln!("warning: {error}; the runs so far are in memory alone");
+            say(format_args!("warning: {error}; the runs so far are in memory alone"));
         }
     }
 
@@ -236,6 +261,7 @@ fn measured(run: Run, moved: Moved) -> Run {
         destination: cost(moved.destination),
         throttle_percent: moved.throttle_percent,
         guest_bytes_per_second: moved.guest_bytes_per_second,
+        in_postcopy: Some(moved.in_postcopy),
         verified: moved.verified,
         stages: moved.stages,
         ..run
@@ -264,8 +290,11 @@ fn in_words(run: &Run) -> String {
         End::GivenUp => ", GIVEN UP".to_owned(),
         End::Failed(why) => return format!("FAILED: {why}"),
     };
+    let host = run.stolen_share.filter(|_| is_disturbed(run));
+    let host = host
+        .map_or_else(String::new, |share| format!(", while the host took {} of the CPU time", words::percent(share)));
     let stall = run.stalls.during_ms.map_or_else(String::new, |stall| format!(", stall {stall:.0} ms"));
-    format!("{:.2} s{stall}, {:.1} MiB on the wire{end}", run.seconds, run.wire_bytes as f64 / f64::from(1 << 20))
+    format!("{:.2} s{stall}, {:.1} MiB on the wire{end}{host}", run.seconds, run.wire_bytes as f64 / f64::from(1 << 20))
 }
 
 fn efficiency(link: &PlannedLink, goodput: f64) -> String {

@@ -19,7 +19,7 @@ use super::size;
 use crate::movers::{Memory, QemuSetting, Setting};
 use crate::network::LinkSpec;
 use crate::report::table;
-use crate::shown::Shown;
+use crate::shown::{Shown, say};
 use crate::study::Study;
 use crate::{BenchError, interrupt};
 
@@ -82,6 +82,14 @@ pub(crate) struct HarnessOptions {
     migrate: Option<PathBuf>,
 }
 
+impl HarnessOptions {
+    /// Whether something else is measured than the preset says.
+    fn changes_the_matrix(&self) -> bool {
+        let lists = self.link.len() + self.guest.len() + self.ours.len() + self.qemu.len();
+        lists > 0 || self.no_qemu || self.relay || self.size.is_some() || self.turns.is_some() || self.limit.is_some()
+    }
+}
+
 /// What was measured, and where it is kept.
 #[derive(Debug)]
 pub(crate) struct Finished {
@@ -91,17 +99,30 @@ pub(crate) struct Finished {
 
 /// `pageferry-bench harness`.
 pub(crate) fn harness(options: &HarnessOptions, record: Option<&str>) -> Result<Finished, BenchError> {
+    interrupt::listen()?;
     let plan = Plan::new(options)?;
     plan.check_rights()?;
-    interrupt::listen()?;
-    let folder = Folder::new(&options.out, record, plan.preset_name())?;
+    let folder = Folder::new(&options.out, record, plan.name())?;
     let mut conductor = Conductor::new(&plan, &folder)?;
     let run = conductor.run();
-    let study = conductor.into_study(run.is_err());
-    folder.keep_all(&study)?;
+    let (study, wrong) = conductor.finish(run.is_err());
+    // Without a run there is nothing to keep, and nothing to put in place of what is there.
+    let kept = if study.runs.is_empty() { Ok(()) } else { folder.keep_all(&study) };
+    if kept.is_err() || wrong.is_some() {
+        // Nothing else will show it.
+        say(format_args!("{}", table(&study)));
+    }
     if let Err(error) = run {
-        eprintln!("{} run(s) are kept in {}", study.runs.len(), folder.path().display());
+        match kept {
+            Ok(()) if study.runs.is_empty() => say(format_args!("no run was over: nothing is kept")),
+            Ok(()) => say(format_args!("{} run(s) are kept in {}", study.runs.len(), folder.path().display())),
+            Err(lost) => say(format_args!("{lost}; the table above is all that is left")),
+        }
         return Err(error);
+    }
+    kept?;
+    if let Some(wrong) = wrong {
+        return Err(BenchError::Tool(wrong));
     }
     if options.test {
         answers::check(&study)?;

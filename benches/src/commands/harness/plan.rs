@@ -1,5 +1,6 @@
 //! Everything that will be run, checked before anything is.
 
+use std::path::Path;
 use std::time::Duration;
 
 use super::HarnessOptions;
@@ -13,10 +14,15 @@ const NICE_QEMU: &str = "QEMU's machine gives the guest no port to rest on, so i
                          so that it takes no CPU time from QEMU's migration. On a machine that is short of CPUs such a guest writes less than it is told to, \
                          which helps QEMU to converge, and may notice longer stalls. Ours runs everything at the usual priority.";
 
+const NO_KVM: &str = "This machine has no /dev/kvm: guests are threads of a process that writes as a virtual machine would, and no virtual machine moved.";
+
+/// What a matrix is called that is no preset's.
+const CUSTOM: &str = "custom";
+
 /// The matrix.
 #[derive(Debug)]
 pub(super) struct Plan {
-    preset: &'static str,
+    name: &'static str,
     pub(super) links: Vec<PlannedLink>,
     pub(super) guests: Vec<PlannedGuest>,
     pub(super) movers: Vec<Box<dyn Mover>>,
@@ -57,6 +63,7 @@ impl Plan {
     pub(super) fn new(options: &HarnessOptions) -> Result<Self, BenchError> {
         let preset = if options.test { Preset::Tiny } else { options.preset };
         let parts = preset.parts();
+        let name = if options.changes_the_matrix() && !options.test { CUSTOM } else { parts.name };
         let mut notes = Vec::new();
         if cfg!(debug_assertions) {
             notes.push("this is a debug build: build with --release before believing a number".to_owned());
@@ -101,14 +108,18 @@ impl Plan {
                 "a relay in the harness stood in for shaped links, {why}: both ends share a network, wire bytes are payload without headers, and the relay's CPU time is its own"
             ));
         }
-        let plan = Self { preset: parts.name, links: links(options, &parts)?, guests, movers, relayed, notes };
+        if subjects.iter().any(|subject| subject.memory.is_running()) && !Path::new("/dev/kvm").exists() {
+            notes.push(NO_KVM.to_owned());
+        }
+        let plan = Self { name, links: links(options, &parts)?, guests, movers, relayed, notes };
         plan.check_names()?;
         plan.check_transports()?;
         Ok(plan)
     }
 
-    pub(super) fn preset_name(&self) -> &'static str {
-        self.preset
+    /// The preset's name, or another one if options have made something else of it: it must not take the preset's place.
+    pub(super) fn name(&self) -> &'static str {
+        self.name
     }
 
     /// Whether this user may run the guests.
@@ -224,7 +235,11 @@ mod tests {
         assert_eq!((own.links.len(), own.guests.len()), (1, 1));
         assert_eq!((own.links[0].turns, own.links[0].limit), (7, Duration::from_secs(9)));
         assert_eq!(own.guests[0].subject.to_string_for_test(), "full9 67108864");
-        assert_eq!(plan("--test --no-qemu").preset_name(), "tiny");
+        assert_eq!((quick.name(), own.name(), plan("--test --no-qemu").name()), ("custom", "custom", "tiny"));
+        for (line, changes) in [("", false), ("--preset paper", false), ("--turns 1", true), ("--link 1gbit", true)] {
+            let words = ["harness"].into_iter().chain(line.split_whitespace());
+            assert_eq!(Line::parse_from(words).options.changes_the_matrix(), changes, "{line}");
+        }
     }
 
     #[test]

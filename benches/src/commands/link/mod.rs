@@ -88,9 +88,9 @@ struct Plan {
 
 /// `pageferry-bench link`.
 pub(crate) fn link(options: &LinkOptions) -> Result<Outcome, BenchError> {
+    interrupt::listen()?;
     let plan = Plan::new(options)?;
     plan.check_machine()?;
-    interrupt::listen()?;
     let about = format!("migrations of up to {} GiB, {} turn(s)", gib(plan.most_memory()), plan.turns);
     let mut outcome = Outcome::new(plan.name(), about);
     let runs = plan.run()?;

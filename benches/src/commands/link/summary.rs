@@ -223,6 +223,7 @@ pub(super) mod tests {
             rounds: 2,
             throttle_percent: 0.0,
             guest_bytes_per_second: None,
+            in_postcopy: false,
             verified: Vec::new(),
             stages: Vec::new(),
             converged,

@@ -42,8 +42,9 @@ pub(crate) fn outlook(study: &Study) -> Option<Element> {
     );
     let across = Axis { scale: x, title: "rate of the link", step: round_step, words: words::bits };
     let upwards = Axis { scale: y, title: "total time", step: round_step, words: axis_seconds };
-    let title = "Lines: the model, whole pages. Circles: ours, measured. Dashed: what one core allows";
-    let drawn = frame.draw(title, &across, &upwards);
+    let dashed = if cpu_costs(study).is_empty() { "" } else { ". Dashed: what one core allows" };
+    let title = format!("Lines: the model, whole pages. Circles: ours, measured{dashed}");
+    let drawn = frame.draw(&title, &across, &upwards);
     let (lines, floors) = (names(&frame, x, y, &curves), floors(study, &frame, y));
     let measured = study.links.iter().map(|link| {
         let here: Vec<&Group<'_>> = ours.iter().filter(|group| group.link.name == link.name).collect();

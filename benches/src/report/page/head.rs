@@ -1,10 +1,11 @@
 //! The top of the page: what was measured where, and the short answer.
 
+use crate::steal::DISTURBING;
 use crate::study::model::floor_seconds;
 use crate::study::{Engine, Link, Shaper, Study};
 
 use super::super::answer::{Answer, Part, answers, standing};
-use super::super::group::is_verified;
+use super::super::group::{Sample, is_disturbed, is_verified};
 use super::super::markup::Element;
 use super::super::verdict::duels;
 use super::super::words;
@@ -79,6 +80,19 @@ fn warnings(study: &Study) -> Vec<Element> {
             "Of {} runs {failed} failed, {given_up} were given up at the limit, and {unverified} completed without proof that memory arrived as it was. \
              Their marks are hollow.",
             study.runs.len()
+        ));
+    }
+    let disturbed = study.runs.iter().filter(|run| is_disturbed(run));
+    let shares = Sample::new(disturbed.filter_map(|run| run.stolen_share));
+    if !shares.is_empty() {
+        warn(format!(
+            "During {} of {} runs the host of this machine gave more than {} of the CPU time that it asked for to others, up to {} (from the \
+             start of the guest to its last check): those may have taken longer than they would have, or not have come to an end. The list of \
+             all runs says which.",
+            shares.len(),
+            study.runs.len(),
+            words::percent(DISTURBING),
+            words::percent(shares.most())
         ));
     }
     all

@@ -11,7 +11,7 @@ use super::group::Quantity;
 use super::markup::Element;
 use super::svg::look::Look;
 use super::svg::picture;
-use super::verdict::{NO_REASON, chance, duels, losses};
+use super::verdict::{Loss, by_reason, chance, duels, losses, single_run_noise};
 use super::{answer, words};
 
 const STYLE: &str = include_str!("style.css");
@@ -173,10 +173,14 @@ fn outlook(study: &Study) -> Element {
     section("Faster links, by the model")
         .push(soft(format!(
             "Nothing here was measured but the circles. The model sends whole pages as they are, with neither compression nor deltas; {} of the link's \
-             rate is payload; the guest may stand still for {}; and CPU time is no limit, which on such links it is: see the dashed lines and the \
-             table of cores.",
+             rate is payload; the guest may stand still for {}; and CPU time is no limit, which on such links it is: {}.",
             words::percent(super::outlook::PAYLOAD_SHARE),
-            words::seconds(crate::study::model::DOWNTIME_SECONDS)
+            words::seconds(crate::study::model::DOWNTIME_SECONDS),
+            if super::outlook::cpu_costs(study).is_empty() {
+                "how soon, only an unshaped link in the matrix would show (--link unshaped)"
+            } else {
+                "see the dashed lines and the table of cores"
+            }
         )))
         .extend(charts::outlook(study).map(|picture| figure(picture).class("broad")))
         .push(tables::outlook(study))
@@ -190,11 +194,13 @@ fn verdict(study: &Study) -> Element {
         return drawn.push(soft("No QEMU was run beside ours."));
     }
     drawn
-        .push(soft(
+        .push(soft(format!(
             "Medians; ratios are ours divided by theirs, so less than 1 is better. The fastest QEMU of a cell is the setting with the least median of total time \
              among those that finished every time. Beside it stands the best value that any setting that finished reached, which may be \
-             another one for each quantity. Runs whose ranges overlap are level; of a single run, what differs by less than 2 %.",
-        ))
+             another one for each quantity. Runs whose ranges overlap are level; of a single run, what differs by less than a factor that is \
+             usual between runs: {}.",
+            single_runs()
+        )))
         .extend(chance(&duels).map(|(runs, chance)| {
             soft(format!(
                 "With {runs} runs of each, {} of comparisons between equals look like a difference by chance alone.",
@@ -206,6 +212,11 @@ fn verdict(study: &Study) -> Element {
         .extend(study.links.iter().filter_map(|link| tables::duels(link, &duels)))
 }
 
+fn single_runs() -> String {
+    let factors = Quantity::ALL.map(|quantity| format!("{} {}", single_run_noise(quantity), quantity.title()));
+    factors.join(", ")
+}
+
 fn lost(study: &Study) -> Element {
     let duels = duels(study);
     let losses = losses(study, &duels);
@@ -215,15 +226,15 @@ fn lost(study: &Study) -> Element {
         return drawn.push(paragraph(words));
     }
     let several = study.movers.iter().filter(|mover| mover.engine == Engine::Pageferry).count() > 1;
-    let items = losses.iter().map(|loss| {
+    let item = |loss: &Loss<'_>| {
         let mover = if several { format!(" ({})", loss.mover) } else { String::new() };
         let place = format!("{} over {}{mover}, {}", loss.guest, loss.link, loss.quantity.title());
-        Element::new("li")
-            .push(Element::new("b").text(place))
-            .text(format!(": {}. ", loss.words))
-            .push(Element::new("span").class("soft").text(loss.remark.unwrap_or(NO_REASON)))
-    });
-    drawn.push(Element::new("ul").class("losses").extend(items))
+        Element::new("li").push(Element::new("b").text(place)).text(format!(": {}.", loss.words))
+    };
+    drawn.extend(by_reason(&losses).into_iter().flat_map(|(reason, losses)| {
+        let items = losses.into_iter().map(item);
+        [paragraph(reason), Element::new("ul").class("losses").extend(items)]
+    }))
 }
 
 fn runs(study: &Study) -> Element {

@@ -3,9 +3,9 @@
 use crate::study::model::Expected;
 use crate::study::{End, Link, Run, Study, Writes};
 
-use super::super::group::{Quantity, is_verified, worked};
+use super::super::group::{Quantity, is_disturbed, is_verified, worked};
 use super::super::markup::Element;
-use super::super::outlook::{RATES, cpu_costs, expected, fastest_link};
+use super::super::outlook::{RATES, cpu_costs, expected, unshaped_link};
 use super::super::verdict::{Against, Duel, Judgement, Row};
 use super::super::words;
 
@@ -178,7 +178,7 @@ pub(super) fn outlook(study: &Study) -> Element {
 /// How many cores it takes so that the link is the limit; nothing without a run that says what a GiB costs.
 pub(super) fn cores(study: &Study) -> Option<Element> {
     let costs = cpu_costs(study);
-    let link = fastest_link(study).filter(|_| !costs.is_empty())?;
+    let link = unshaped_link(study).filter(|_| !costs.is_empty())?;
     let header =
         ["mover, guest", "source", "destination", "one core moves", "cores at 10 Gbit/s", "cores at 100 Gbit/s"];
     let rows = costs.iter().map(|cost| {
@@ -193,7 +193,7 @@ pub(super) fn cores(study: &Study) -> Option<Element> {
     });
     let caption = format!(
         "What CPU time allows: per GiB of guest memory, measured over {}. Cores are those of the side that costs more, if all of its work could \
-         be spread evenly, so that a link full of whole pages is the limit and not the CPU.",
+         be spread evenly, to take up memory of this mix as fast as such a link could carry it as it is.",
         words::link(link)
     );
     Some(table(&caption, &header, rows.collect::<Vec<_>>()))
@@ -227,16 +227,20 @@ pub(super) fn runs(study: &Study) -> Element {
         "peak dest.",
         "slowed",
         "worked",
+        "host took",
     ];
     let row = |run: &Run| {
         let guest = study.guests.iter().find(|guest| guest.name == run.guest);
         let worked = guest.map_or(f64::NAN, |guest| worked(guest, run));
         let mut cells = self::run(run);
         cells.push(cell("").text(words::percent(worked)));
+        let flag = if is_disturbed(run) { "worse" } else { "" };
+        cells.push(cell(flag).text(words::percent(run.stolen_share.unwrap_or(f64::NAN))));
         cells
     };
     let caption = "Slowed: the strongest throttle. Worked: how much of what it was to write the guest wrote while it was moved; a throttle, \
-                   standing still, waiting for pages that are not there yet and a lack of CPU time all take from it.";
+                   standing still, waiting for pages that are not there yet and a lack of CPU time all take from it. Host took: of the \
+                   CPU time that this machine asked for, what its own host gave to others.";
     table(caption, &header, study.runs.iter().map(row).collect::<Vec<_>>())
 }
 

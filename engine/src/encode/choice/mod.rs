@@ -71,8 +71,18 @@ const WORTH: f64 = 0.98;
 /// Batches between two trials, at least and at most.
 const TRIAL_EVERY: (u32, u32) = (12, 192);
 
+/// The most that trials may cost, as a share of the time that batches take anyway: the dearer one is, the rarer.
+const TRIAL_SHARE: f64 = 0.01;
+
 /// A trial may take so many times the time that a batch takes anyway.
 const TRIAL_COST: f64 = 4.0;
+
+/// A time of more than so often what is known of a level counts as this: a thread that had to wait for a core says little of the level,
+/// unless that happens again and again.
+const OUTLIER: f64 = 2.0;
+
+/// A level that turns out to take at most this share of what was believed is looked at again soon.
+const SURPRISE: f64 = 0.5;
 
 /// The best that packing is hoped to leave of a payload when nothing is known.
 const HOPE: f64 = 0.25;
@@ -241,7 +251,7 @@ impl LevelChooser {
         blend(&mut state.payload, raw as f64, WEIGHT);
         blend(&mut state.scan_ns, per_byte(scan, raw), weight);
         if let Some(rung) = rung_of(level).filter(|rung| *rung > 0) {
-            blend(&mut state.pack_ns[rung], per_byte(pack, raw), weight);
+            state.learn_pack(rung, per_byte(pack, raw), weight);
             let relative = state.relative[rung];
             blend(&mut state.ratio, packed as f64 / raw as f64 / relative, weight);
         }
@@ -253,7 +263,11 @@ impl LevelChooser {
         let Some(rung) = rung_of(trial.level).filter(|rung| *rung > 0 && raw > 0) else { return };
         let tried = trial.packed as f64 / raw as f64;
         // A trial is rare: it counts for more than one of many batches.
-        blend(&mut state.pack_ns[rung], per_byte(trial.time, raw), 0.5);
+        let (took, believed) = (per_byte(trial.time, raw), state.pack_ns[rung]);
+        state.learn_pack(rung, took, 0.5);
+        if took < believed * SURPRISE {
+            (state.trial_every, state.until_trial) = (TRIAL_EVERY.0, TRIAL_EVERY.0);
+        }
         match rung_of(level).filter(|rung| *rung > 0) {
             Some(present) if packed > 0 => {
                 let relative = state.relative[present] * trial.packed as f64 / packed as f64;
@@ -305,6 +319,12 @@ impl State {
             let faster = self.link_ns * (-seconds / self.drift).exp();
             self.link_ns = faster.max(ns.min(self.link_ns));
         }
+    }
+
+    /// Packing at this level took so many nanoseconds per byte.
+    fn learn_pack(&mut self, rung: usize, ns: f64, weight: f64) {
+        let known = self.pack_ns[rung];
+        blend(&mut self.pack_ns[rung], ns.min(known * OUTLIER), weight);
     }
 
     /// Whether encoders have the time to keep pages that are sent for the first time, at an `easy` level. What
@@ -361,7 +381,6 @@ impl State {
             return None;
         }
         self.until_trial = self.trial_every;
-        self.trial_every = (self.trial_every * 2).min(TRIAL_EVERY.1);
         self.trial_up = !self.trial_up;
         let rung = match self.rung {
             0 => REFERENCE,
@@ -371,10 +390,13 @@ impl State {
         if rung == 0 || rung == LADDER.len() {
             return None;
         }
-        let present = self.time(self.rung, encoders, lanes);
-        let could_win = self.encode_time(rung, encoders).max(HOPE * self.link_ns / lanes) < present;
-        let affordable = self.encode_time(rung, encoders) < present * TRIAL_COST;
-        (affordable && could_win).then_some(rung)
+        let (present, cost) = (self.time(self.rung, encoders, lanes), self.encode_time(rung, encoders));
+        let dear = (cost / (present * TRIAL_SHARE)).clamp(TRIAL_EVERY.0.into(), TRIAL_EVERY.1.into());
+        self.trial_every = (self.trial_every * 2).min(dear as u32);
+        // What was measured while threads waited for a core must not keep a level from being looked at ever again.
+        let hoped = (self.scan_ns + self.pack_ns[rung].min(LADDER[rung].1)) / encoders;
+        let could_win = hoped.max(HOPE * self.link_ns / lanes) < present;
+        (cost < present * TRIAL_COST && could_win).then_some(rung)
     }
 }
 

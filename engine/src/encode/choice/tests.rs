@@ -12,6 +12,8 @@ struct World {
     /// Of level 1.
     ratio: f64,
     encoder_free: f64,
+    /// Packing takes so many times what it does with a core of its own.
+    hindrance: f64,
     /// When the last batches have left the lane.
     sent: Vec<f64>,
     /// What the chooser will hear of that, when it has happened.
@@ -24,7 +26,16 @@ const BUFFER: f64 = 262_144.0;
 impl World {
     fn new(link_ns: f64, ratio: f64) -> Self {
         let chooser = LevelChooser::new(Compress::Auto, 1, 1);
-        Self { chooser, link_ns, ratio, encoder_free: 0.0, sent: vec![0.0; 4], told: VecDeque::new(), wire_free: 0.0 }
+        Self {
+            chooser,
+            link_ns,
+            ratio,
+            encoder_free: 0.0,
+            hindrance: 1.0,
+            sent: vec![0.0; 4],
+            told: VecDeque::new(),
+            wire_free: 0.0,
+        }
     }
 
     fn costs(level: Level) -> (f64, f64) {
@@ -52,7 +63,7 @@ impl World {
         let outcome = |level: Level| {
             let (ns, relative) = Self::costs(level);
             let ratio = if level == Level::Raw { 1.0 } else { (self.ratio * relative).min(1.0) };
-            (ns * BATCH as f64, (BATCH as f64 * ratio) as usize)
+            (ns * self.hindrance * BATCH as f64, (BATCH as f64 * ratio) as usize)
         };
         let (pack, packed) = outcome(choice.level);
         let scan = 0.25 * BATCH as f64;
@@ -132,6 +143,31 @@ fn it_follows_a_link_that_changes_and_content_that_changes() {
     world.ratio = 0.4;
     world.run(200);
     assert!(world.usual_level() >= Level::Zstd(6));
+}
+
+#[test]
+fn encoders_that_had_to_wait_for_a_core_pack_again_when_they_need_not() {
+    for (before, during) in [(0, 20), (0, 100), (200, 30), (200, 300)] {
+        let mut world = World::new(8.0, 0.4);
+        world.run(before);
+        world.hindrance = 10.0;
+        world.run(during);
+        world.hindrance = 1.0;
+        world.run(150);
+        assert!(world.usual_level() > Level::Raw, "hindered after {before} batches for {during}");
+        let (time, best) = (world.run(200), world.fixed(Level::Zstd(1)));
+        assert!(time < best * 1.1, "hindered after {before} batches for {during}: {}", time / best);
+    }
+}
+
+#[test]
+fn a_single_wait_for_a_core_does_not_end_packing() {
+    let mut world = World::new(8.0, 0.4);
+    world.run(200);
+    world.hindrance = 30.0;
+    world.batch();
+    world.hindrance = 1.0;
+    assert!(world.usual_level() > Level::Raw);
 }
 
 #[test]

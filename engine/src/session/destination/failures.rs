@@ -126,7 +126,13 @@ impl DestinationSession {
         }
     }
 
-    pub(super) fn await_reason(&mut self, now: Duration, error: Error) {
+    /// A source that gives up closes its lanes; why, stands on the control lane. It may itself have waited for a
+    /// reason, and is to speak first: of what broke on its side, only a lane's end is seen here.
+    pub(super) fn lose_data_lane(&mut self, now: Duration, error: Error) {
+        self.lane_loss.get_or_insert((error, now.saturating_add(REASON_GRACE * 2)));
+    }
+
+    fn await_reason(&mut self, now: Duration, error: Error) {
         self.lane_loss.get_or_insert((error, now.saturating_add(REASON_GRACE)));
     }
 

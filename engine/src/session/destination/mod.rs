@@ -172,7 +172,7 @@ impl DestinationSession {
             DestinationInput::DoorBroken(error) => self.on_door_broken(error),
             DestinationInput::LinkLost(error) => self.lose_link(now, error),
             DestinationInput::ControlSendFailed(error) => self.lose_sending_half(now, error),
-            DestinationInput::DataLaneLost(error) if self.phase == Phase::Receiving => self.await_reason(now, error),
+            DestinationInput::DataLaneLost(error) if self.phase == Phase::Receiving => self.lose_data_lane(now, error),
             // Once everything is here, nothing is expected on data lanes any more.
             DestinationInput::Tick | DestinationInput::DataLaneLost(_) => {}
             DestinationInput::Cancel => self.cancel(now),

@@ -51,8 +51,8 @@ impl SourceSession {
                 self.fail(now, Error::PeerAborted { peer, reason });
             }
             (_, Message::Abort { reason }) => {
-                let peer = self.peer.clone();
-                self.fail(now, Error::PeerAborted { peer, reason });
+                let error = self.peer_gave_up(reason);
+                self.fail(now, error);
             }
             // Said before the peer knew that it is over.
             (State::AwaitReason, _) => {}
@@ -88,6 +88,14 @@ impl SourceSession {
             Refusal::Busy => Error::Refused { peer, reason: "it is busy with another migration".to_owned() },
             Refusal::Guest(reason) => Error::Refused { peer, reason },
         }
+    }
+
+    /// Of what broke on this side, the peer may have seen no more than that a lane ended.
+    fn peer_gave_up(&mut self, mut reason: String) -> Error {
+        if let Some((ours, _)) = self.lane_loss.take().filter(|(ours, _)| !ours.is_end_of_lane()) {
+            reason = format!("{reason} (before that, on this side: {ours})");
+        }
+        Error::PeerAborted { peer: self.peer.clone(), reason }
     }
 
     pub(super) fn version_error(&self, theirs_min: u16, theirs_max: u16) -> Error {
