@@ -1,6 +1,7 @@
 //! The facts about a machine without which a number means nothing.
 
 use std::fs;
+use std::path::Path;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use serde::{Deserialize, Deserializer, Serialize};
@@ -19,6 +20,9 @@ pub(crate) struct Machine {
     #[serde(deserialize_with = "number_or_nothing")]
     pub(crate) load_before: f64,
     pub(crate) optimised_build: bool,
+    /// Whether there is a `/dev/kvm`: without it, guests are threads of a process. Nothing where nobody noted it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) kvm: Option<bool>,
 }
 
 impl Machine {
@@ -33,6 +37,7 @@ impl Machine {
             transparent_huge_pages: chosen("/sys/kernel/mm/transparent_hugepage/enabled"),
             load_before: first_word("/proc/loadavg").parse().unwrap_or(f64::NAN),
             optimised_build: !cfg!(debug_assertions),
+            kvm: Some(Path::new("/dev/kvm").exists()),
         }
     }
 }

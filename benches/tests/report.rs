@@ -115,6 +115,11 @@ fn comparing_tells_a_change_from_noise_and_one_machine_from_another() {
     let found: Value = serde_json::from_slice(&bench(&["compare", &before, &after, "--json"]).stdout).expect("JSON");
     assert_eq!(found["changes"][0]["name"], "1gbit idle ours: total time");
     assert_eq!(found["changes"][0]["noise"], "beyond_noise");
+    let mut disturbed = study(2.0, "6.18");
+    disturbed["runs"][0]["stolen_share"] = json!(0.3);
+    let disturbed = kept(&folder, "disturbed.json", &disturbed);
+    let text = said(&bench(&["compare", &before, &disturbed]));
+    assert!(text.contains("WORSE  (disturbed: 1 of B)"), "{text}");
     std::fs::remove_dir_all(folder).expect("the folder is there");
 }
 

@@ -17,7 +17,8 @@ Examples:
   pageferry-bench compare before.json after.json
   pageferry-bench compare benches/results/2026-11-22-2cpu-xeon benches/results/2026-12-01-2cpu-xeon
 
-A change is beyond noise if the ranges of the runs before and after do not overlap; of a single run nobody knows.";
+A change is beyond noise if the ranges of the runs before and after do not overlap; of a single run nobody knows. Behind a
+change stands how many of its runs the machine's own host disturbed, if any: measure those again before you believe it.";
 
 /// `pageferry-bench compare`.
 #[derive(Args, Debug)]
@@ -142,7 +143,15 @@ fn line(f: &mut fmt::Formatter<'_>, change: &Change<'_>, wide: usize) -> fmt::Re
     };
     let (name, before, after, ratio) =
         (change.name, shown(change.before), shown(change.after), words::ratio(change.ratio));
-    writeln!(f, "  {name:<wide$}  {before:>12} -> {after:>12}  {ratio:>8}{bounds}{better}")
+    let disturbed = disturbed(change);
+    writeln!(f, "  {name:<wide$}  {before:>12} -> {after:>12}  {ratio:>8}{bounds}{better}{disturbed}")
+}
+
+/// Runs that the machine's own host disturbed: `  (disturbed: 2 of A, 1 of B)`.
+fn disturbed(change: &Change<'_>) -> String {
+    let sides = ["A", "B"].into_iter().zip(change.disturbed).filter(|(_, runs)| *runs > 0);
+    let sides: Vec<String> = sides.map(|(side, runs)| format!("{runs} of {side}")).collect();
+    if sides.is_empty() { String::new() } else { format!("  (disturbed: {})", sides.join(", ")) }
 }
 
 fn value(value: f64, unit: &str) -> String {
@@ -160,7 +169,8 @@ impl Shown for Comparison {
         let sample = |sample: &Sample| json!({"median": sample.median(), "least": sample.least(), "most": sample.most(), "values": sample.len()});
         let changes = difference.changes.iter().map(|change| {
             json!({"name": change.name, "unit": change.unit, "a": sample(change.before), "b": sample(change.after),
-                "ratio": change.ratio, "bounds": change.bounds, "noise": change.noise.word(), "better": change.better})
+                "ratio": change.ratio, "bounds": change.bounds, "noise": change.noise.word(), "better": change.better,
+                "disturbed_a": change.disturbed[0], "disturbed_b": change.disturbed[1]})
         });
         let facts = difference.facts.iter().map(|(name, a, b)| json!({"name": name, "a": a, "b": b}));
         let endings =

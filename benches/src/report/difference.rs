@@ -10,6 +10,8 @@ pub(crate) struct Series {
     pub(crate) sample: Sample,
     /// Nothing if this program cannot know.
     pub(crate) less_is_better: Option<bool>,
+    /// Of the runs behind the values, those that the machine's own host disturbed.
+    pub(crate) disturbed: usize,
 }
 
 /// What is compared: facts, values, and how runs ended.
@@ -46,6 +48,8 @@ pub(crate) struct Change<'a> {
     pub(crate) bounds: Option<(f64, f64)>,
     pub(crate) noise: Noise,
     pub(crate) better: Option<bool>,
+    /// How many runs of each side the machine's own host disturbed.
+    pub(crate) disturbed: [usize; 2],
 }
 
 /// Everything that two measurements differ in.
@@ -142,7 +146,9 @@ impl<'a> Change<'a> {
             Some(_) => Noise::Within,
         };
         let better = before.less_is_better.map(|less| (ratio < 1.0) == less);
-        Some(Self { name: &before.name, unit: &before.unit, before: a, after: b, ratio, bounds, noise, better })
+        let disturbed = [before.disturbed, after.disturbed];
+        let (name, unit) = (before.name.as_str(), before.unit.as_str());
+        Some(Self { name, unit, before: a, after: b, ratio, bounds, noise, better, disturbed })
     }
 
     /// How far from no change, whichever way.
@@ -166,6 +172,7 @@ mod tests {
             unit: "s".to_owned(),
             sample: Sample::new(values.iter().copied()),
             less_is_better: Some(true),
+            disturbed: 0,
         });
         Measurement { series: series.collect(), ..Measurement::default() }
     }

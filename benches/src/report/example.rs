@@ -135,6 +135,7 @@ fn empty(links: Vec<Link>, guests: Vec<Guest>) -> Study {
         transparent_huge_pages: "madvise".to_owned(),
         load_before: 0.4,
         optimised_build: true,
+        kvm: None,
     };
     Study {
         format: FORMAT,

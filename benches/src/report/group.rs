@@ -212,6 +212,11 @@ impl<'a> Group<'a> {
         self.median_of(|run| worked(self.guest, run))
     }
 
+    /// Of the runs whose values count, those that the machine's own host disturbed.
+    pub(crate) fn disturbed(&self) -> usize {
+        self.counted().filter(|run| is_disturbed(run)).count()
+    }
+
     fn counted(&self) -> impl Iterator<Item = &'a Run> {
         let none = self.standing.completed == 0;
         self.runs.iter().copied().filter(move |run| none || run.end == End::Completed)

@@ -107,6 +107,7 @@ fn of_study(study: &Study, value: &Value, prefix: &str) -> Measurement {
         unit: "B/s".to_owned(),
         sample: Sample::new(link.goodputs.iter().copied()),
         less_is_better: Some(false),
+        disturbed: 0,
     });
     let groups: Vec<Group<'_>> = cells(study).flat_map(|(link, guest)| cell(study, link, guest)).collect();
     let name = |group: &Group<'_>| format!("{prefix}{} {} {}", group.link.name, group.guest.name, group.mover.name);
@@ -116,6 +117,7 @@ fn of_study(study: &Study, value: &Value, prefix: &str) -> Measurement {
             unit: quantity.unit().to_owned(),
             sample: group.sample(quantity),
             less_is_better: Some(true),
+            disturbed: group.disturbed(),
         })
     });
     let series = copies.chain(values).filter(|series| !series.sample.is_empty()).collect();
@@ -133,6 +135,7 @@ fn of_record(value: &Value) -> Option<Measurement> {
             unit: series.get("unit").and_then(Value::as_str).unwrap_or_default().to_owned(),
             sample: Sample::new(values),
             less_is_better: None,
+            disturbed: 0,
         })
     });
     Some(Measurement { facts: machine(value), series: series.collect(), ..Measurement::default() })
@@ -175,6 +178,27 @@ mod tests {
         study.runs[0].end = End::GivenUp;
         let found = measured(&study);
         assert_eq!((found.series.len(), found.standings.len()), (1, 1));
+    }
+
+    #[test]
+    fn what_the_host_disturbed_is_told_of_the_changes_that_it_concerns() {
+        let (mut before, mut after) = (example::full(), example::full());
+        let slow = |study: &mut Study| {
+            let run = study.runs.iter_mut().find(|run| (run.link.as_str(), run.mover.as_str()) == ("1gbit", "ours"));
+            run.unwrap().stolen_share = Some(0.4);
+        };
+        slow(&mut after);
+        before.machine.kvm = Some(true);
+        after.machine.kvm = Some(false);
+        let (before, after) = (measured(&before), measured(&after));
+        let difference = Difference::new(&before, &after);
+        assert!(difference.facts.contains(&("kvm", "true", "false")), "{:?}", difference.facts);
+        let concerned: Vec<_> = difference.changes.iter().filter(|change| change.disturbed != [0, 0]).collect();
+        assert!(!concerned.is_empty() && concerned.len() < difference.changes.len());
+        for change in concerned {
+            assert!(change.name.starts_with("1gbit ") && change.name.contains(" ours: "), "{}", change.name);
+            assert_eq!(change.disturbed, [0, 1]);
+        }
     }
 
     #[test]
