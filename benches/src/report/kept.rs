@@ -1,5 +1,6 @@
 //! What was kept of measurements, whichever kind: studies, records of single benchmarks, folders of both.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use serde_json::Value;
@@ -16,6 +17,25 @@ const EPHEMERAL: [&str; 2] = ["date", "load_before"];
 
 /// Reads a file, or every file of a folder whose name ends in `.json`; remarks belong to the study that they stand beside.
 pub(crate) fn measurement(path: &Path) -> Result<Measurement, BenchError> {
+    let mut found = gather(path)?;
+    tell_apart(&mut found.series);
+    Ok(found)
+}
+
+/// Numbers what has the name of something before it, as the series of guests of several sizes have in one record: the first of
+/// them would be compared with all otherwise.
+fn tell_apart(series: &mut [Series]) {
+    let mut seen = BTreeMap::<(String, String), usize>::new();
+    for series in series {
+        let times = seen.entry((series.name.clone(), series.unit.clone())).or_default();
+        *times += 1;
+        if *times > 1 {
+            series.name = format!("{} ({times})", series.name);
+        }
+    }
+}
+
+fn gather(path: &Path) -> Result<Measurement, BenchError> {
     if !path.is_dir() {
         let value = file::value(path)?;
         return read(path, &value, "");
@@ -235,6 +255,11 @@ mod tests {
         let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("results/2026-11-22-2cpu-xeon");
         let found = measurement(&folder).unwrap();
         assert!(found.series.len() > 50 && found.skipped.is_empty(), "{:?}", found.skipped);
+        let with_itself = Difference::new(&found, &found);
+        assert!(with_itself.changes.len() == found.series.len() && with_itself.count(Noise::Beyond) == 0);
+        for change in with_itself.changes {
+            assert!((change.ratio - 1.0).abs() < 1e-9, "{}: {}", change.name, change.ratio);
+        }
         assert!(measurement(&folder.join("no-such-file.json")).is_err());
         assert!(measurement(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src")).is_err());
     }
