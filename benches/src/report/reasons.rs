@@ -8,6 +8,9 @@ use super::group::{Group, Quantity};
 /// So much less must be on the wire that CPU time has bought something.
 const WORTH_IT: f64 = 0.8;
 
+/// A guest that did less than this share of what ours let it do was held back so much that it shows in what was sent.
+const HELD_BACK: f64 = 0.8;
+
 const PROOF_AND_PACKING: &str = "Ours packs what it sends and hashes every page (zero test, duplicates, delta, zstd, a 128-bit digest of all memory \
      that is compared before the hand-over): the CPU time buys fewer bytes and the proof. This setting of QEMU sends pages as they are and \
      proves nothing. --compress off takes most of it away.";
@@ -27,6 +30,9 @@ const WRITTEN_FASTER_THAN_CARRIED: &str = "The guest writes whole pages faster t
 const NOT_PACKED_IN_TIME: &str = "Ours packs no harder than the processors can while the link stays busy, and sends the rest as it is: it was done no later, \
      with more bytes. --compress N packs everything at level N.";
 
+const GUEST_HELD_BACK: &str = "QEMU's guest did much less of its work meanwhile, at a niceness of 10 beside QEMU's packing (see how much each worked): what a \
+     guest does not write need not be sent again. Ours let its guest do more.";
+
 /// The reason that is known for a loss of ours to these runs of QEMU; nothing if there is none.
 pub(super) fn known(ours: &Group<'_>, quantity: Quantity, theirs: &Group<'_>) -> Option<&'static str> {
     let in_postcopy = theirs.runs.iter().all(|run| run.in_postcopy == Some(true));
@@ -37,6 +43,7 @@ pub(super) fn known(ours: &Group<'_>, quantity: Quantity, theirs: &Group<'_>) ->
     let (neither_packs, chooses) = (set_to(" off"), set_to(" auto") || !set_to(""));
     let median = |group: &Group<'_>, quantity| group.sample(quantity).median();
     let bytes = |group: &Group<'_>| median(group, Quantity::Bytes);
+    let held_back = theirs.worked() < ours.worked() * HELD_BACK;
     let no_later = median(ours, Quantity::Time) <= median(theirs, Quantity::Time);
     match quantity {
         Quantity::Cpu if both_pack || neither_packs => None,
@@ -45,6 +52,7 @@ pub(super) fn known(ours: &Group<'_>, quantity: Quantity, theirs: &Group<'_>) ->
         Quantity::Downtime if in_postcopy => Some(LAST_PAGES),
         Quantity::Stall if in_postcopy => Some(STANDS_STILL),
         Quantity::Time | Quantity::Bytes if in_postcopy && too_fast => Some(WRITTEN_FASTER_THAN_CARRIED),
+        Quantity::Time | Quantity::Bytes if both_pack && held_back => Some(GUEST_HELD_BACK),
         Quantity::Bytes if both_pack && chooses && no_later => Some(NOT_PACKED_IN_TIME),
         _ => None,
     }
@@ -95,6 +103,16 @@ mod tests {
             study.movers[0].settings = settings.to_owned();
             assert_eq!(of(&study, idle, Quantity::Bytes, "qemu-multifd-2-zstd", false), reason);
         }
+        let working = |ours: f64, theirs: f64| {
+            let mut study = example::full();
+            let runs = study.runs.iter_mut();
+            runs.for_each(|run| run.guest_bytes_per_second = Some(if run.mover == "ours" { ours } else { theirs }));
+            study
+        };
+        let time = |study: &Study, name| of(study, fast, Quantity::Time, name, false);
+        assert_eq!(time(&working(180e6, 100e6), "qemu-multifd-2-zstd"), Some(GUEST_HELD_BACK));
+        assert_eq!(time(&working(110e6, 100e6), "qemu-multifd-2-zstd"), None);
+        assert_eq!(time(&working(180e6, 100e6), "qemu-plain"), None);
         let mut late = study.clone();
         late.runs.iter_mut().filter(|run| run.mover == "ours").for_each(|run| run.seconds += 1e3);
         assert_eq!(of(&late, idle, Quantity::Bytes, "qemu-multifd-2-zstd", false), None);
