@@ -405,12 +405,17 @@ fn strangers_before_and_during_a_migration_do_not_disturb_it() {
 
     let mut guest = Guest::new(2000, Some(Duration::from_micros(100)));
     let meanwhile = dialer.clone();
+    let (told, hear) = std::sync::mpsc::channel();
     let disturber = std::thread::spawn(move || {
         for _ in 0..50 {
-            let mut lane = meanwhile.dial(LaneRole::Control, Duration::from_secs(1)).unwrap().split().unwrap();
+            // Whoever comes when the guest has moved finds nobody.
+            let Ok(lane) = meanwhile.dial(LaneRole::Control, Duration::from_secs(1)) else { break };
+            let _ = told.send(());
+            let mut lane = lane.split().unwrap();
             let _ = lane.sender.send(&mut [IoSlice::new(b"GET / HTTP/1.1\r\n\r\n and so on, and so on")]);
         }
     });
+    hear.recv().unwrap();
     let report = migrate_once_free(&mut guest, &dialer);
     assert_eq!(report.digest_match, Some(true));
     assert_arrived(&guest, arrival);

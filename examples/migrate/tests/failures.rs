@@ -6,17 +6,18 @@ mod common;
 use std::collections::hash_map::RandomState;
 use std::hash::{BuildHasher, Hasher};
 use std::io::{Read, Write};
-use std::net::{Shutdown, TcpListener, TcpStream};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use pageferry::wire::{Greeting, GreetingRole, Message, Refusal, SessionId};
+use socket2::{Domain, Socket, Type};
 
 use common::{Ended, Running, assert_guest_is_well_at_the_source, guest_kinds, run};
 
-const SMALL: &str = "--memory 32M --after 100ms --linger 100ms --peer-timeout 2s --settle-window 1s";
+const SMALL: &str = "--memory 32M --after 100ms --linger 100ms --peer-timeout 2s --settle-window 5s";
 
 fn send(to: &str, kind: &str) -> Ended {
     run(&format!("send --to {to} --guest {kind} {SMALL}"))
@@ -43,8 +44,9 @@ fn listener(treat: impl Fn(TcpStream) + Send + 'static) -> String {
 fn no_listener() {
     for kind in guest_kinds() {
         // Bound, so that nobody else takes the port, but not listening.
-        let socket = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-        let address = socket.local_addr().unwrap().to_string();
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+        let address = socket.local_addr().unwrap().as_socket().unwrap().to_string();
         assert_failed(&send(&address, kind), &address);
     }
 }
@@ -133,9 +135,9 @@ fn a_link_that_is_cut_in_the_hand_over_leaves_one_owner_with_a_sound_guest() {
 
 /// Says how many bytes crossed.
 fn migrate_over_a_link_cut_after(bytes: u64, guest: &str) -> u64 {
-    let (receiver, address) = Running::receiver("--linger 100ms --peer-timeout 2s --settle-window 1s --wait 20s");
+    let (receiver, address) = Running::receiver("--linger 100ms --peer-timeout 2s --settle-window 5s --wait 20s");
     let link = Link::cut_after(address, bytes);
-    let small = "--memory 8M --after 50ms --linger 100ms --peer-timeout 2s --settle-window 1s --guest process";
+    let small = "--memory 8M --after 50ms --linger 100ms --peer-timeout 2s --settle-window 5s --guest process";
     let sent = run(&format!("send --to {} {small} {guest}", link.address));
     let received = receiver.end();
     let (source, destination) = (sent.report(), received.report());

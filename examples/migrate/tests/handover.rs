@@ -74,7 +74,8 @@ fn a_cancelled_hand_over_leaves_the_guest_and_its_memory() {
     sender.wait_for("note");
     sender.wait_for("note");
     sender.signal("-USR1");
-    std::thread::sleep(Duration::from_millis(200));
+    // Long enough for it to have set out, and far less than it waits for a word.
+    std::thread::sleep(Duration::from_secs(2));
     sender.interrupt();
     let ended = sender.end();
     let report = ended.report();

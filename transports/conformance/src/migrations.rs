@@ -85,6 +85,13 @@ pub fn a_capped_migration_arrives(join: fn() -> Joined) {
     moves(&join(), &mut Guest::new(PAGES, None), config);
 }
 
+/// For a transport whose link changes meanwhile: seconds, however well the guest packs and however slow the machine is.
+pub fn a_slow_migration_arrives(join: fn() -> Joined) {
+    let mut config = config(2);
+    (config.bandwidth, config.encode.compress) = (Some(1 << 20), Compress::Off);
+    moves(&join(), &mut Guest::new(PAGES, None), config);
+}
+
 /// A failed migration costs nothing, and leaves nothing behind that would be in the way of the next.
 pub fn a_cancelled_guest_stays_and_can_move_again(join: fn() -> Joined) {
     let joined = join();

@@ -139,8 +139,7 @@ fn a_file_that_is_removed_while_it_is_written_gives_the_guest_back() {
 #[test]
 fn of_two_saves_to_one_name_one_has_it_and_the_other_guest_runs_on() {
     let folder = Folder::new(true);
-    let saving = |seed: u64| {
-        let dialer = Arc::new(dialer(&folder.file(), false).unwrap());
+    let saving = |(seed, dialer): (u64, Arc<FileDialer>)| {
         std::thread::spawn(move || {
             let mut guest = Guest::new(700 + seed, None);
             let mut slow = uncompressed(1);
@@ -149,7 +148,9 @@ fn of_two_saves_to_one_name_one_has_it_and_the_other_guest_runs_on() {
             (guest, result)
         })
     };
-    let outcomes: Vec<_> = [saving(0), saving(1)].into_iter().map(|thread| thread.join().unwrap()).collect();
+    // Neither finds the file of the other before it begins.
+    let dialers = [0, 1].map(|seed| (seed, Arc::new(dialer(&folder.file(), false).unwrap())));
+    let outcomes: Vec<_> = dialers.map(saving).into_iter().map(|thread| thread.join().unwrap()).collect();
     let saved: Vec<_> = outcomes.iter().filter(|(_, result)| result.is_ok()).collect();
     let [(guest, _)] = saved[..] else { panic!("{outcomes:?}") };
     assert_eq!(outcomes.iter().filter(|(guest, _)| guest.runs()).count(), 1, "{outcomes:?}");

@@ -41,6 +41,9 @@ fn join() -> Joined {
             std::thread::sleep(Duration::from_millis(25));
             relays[turn % 2].cut();
         }
+        loop {
+            std::thread::park();
+        }
     });
     Joined { dialer: Arc::new(ReadyLanes::new(accepted)), acceptor: Arc::new(ReadyLanes::new(dialled)) }
 }

@@ -203,7 +203,7 @@ fn a_connection_that_was_given_up_and_comes_late_changes_nothing() {
 #[test]
 fn a_lane_goes_on_while_the_engine_takes_nothing() {
     let mut options = PathOptions::default();
-    (options.give_up_after, options.redial_timeout) = (Duration::from_millis(600), Duration::from_millis(200));
+    (options.give_up_after, options.redial_timeout) = (Duration::from_secs(3), Duration::from_secs(1));
     let (joined, relays) = common::over_relays(&options);
     let doorman = common::Doorman::new(joined.acceptor);
     let mut near = joined.dialer.dial(LaneRole::Data(0), PATIENCE).unwrap().split().unwrap();
@@ -218,7 +218,7 @@ fn a_lane_goes_on_while_the_engine_takes_nothing() {
     std::thread::sleep(Duration::from_millis(100));
     for turn in 0..4 {
         relays[turn % 2].cut();
-        std::thread::sleep(Duration::from_millis(400));
+        std::thread::sleep(Duration::from_secs(1));
     }
     send(&mut near.sender, 20, &body(20, 200)).unwrap();
     in_time(move || {

@@ -96,5 +96,5 @@ fn restless() -> Joined {
 
 #[test]
 fn a_migration_goes_on_from_another_address() {
-    pageferry_conformance::migrations::a_capped_migration_arrives(restless);
+    pageferry_conformance::migrations::a_slow_migration_arrives(restless);
 }

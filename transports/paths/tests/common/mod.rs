@@ -43,6 +43,10 @@ impl Relay {
                 near.set_nonblocking(false).unwrap();
                 let Ok(far) = TcpStream::connect(target) else { continue };
                 let mut streams = shared.streams.lock().unwrap();
+                // Then all have been cut already.
+                if shared.dead.load(Ordering::SeqCst) {
+                    break;
+                }
                 for (from, to) in [(&near, &far), (&far, &near)] {
                     let (from, to, shared) = (from.try_clone().unwrap(), to.try_clone().unwrap(), shared.clone());
                     streams.push(from.try_clone().unwrap());
@@ -63,9 +67,6 @@ impl Relay {
     /// All connections break, and nobody listens any more.
     pub fn kill(&self) {
         self.shared.dead.store(true, Ordering::SeqCst);
-        self.cut();
-        // One may have come through in the meantime.
-        std::thread::sleep(Duration::from_millis(20));
         self.cut();
     }
 
