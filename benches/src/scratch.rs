@@ -1,29 +1,33 @@
 //! A folder for the time of a run.
 
 use std::fs;
+use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
+
+use tempfile::TempDir;
 
 use crate::{BenchError, host};
 
-/// Every folder's name starts with this, followed by the number of the process that made it.
+/// Every folder's name starts with this, followed by the number of the process that made it and by something that nobody
+/// else has.
 const PREFIX: &str = "pageferry-bench-";
 
 /// The folder. Dropping it removes it with all that is in it.
 #[derive(Debug)]
-pub(crate) struct Scratch(PathBuf);
+pub(crate) struct Scratch(TempDir);
 
 impl Scratch {
-    /// A new one, where temporary files belong. Folders of processes that were killed are removed first.
+    /// A new one, where temporary files belong, for this user alone: certificates' keys may lie in it. Folders of processes that were killed are removed first.
     pub(crate) fn new() -> Result<Self, BenchError> {
         remove_orphans();
-        let folder = std::env::temp_dir().join(format!("{PREFIX}{}", std::process::id()));
-        fs::create_dir_all(&folder).map_err(host("cannot make a folder for temporary files"))?;
-        Ok(Self(folder))
+        let (prefix, ours_alone) = (format!("{PREFIX}{}-", std::process::id()), fs::Permissions::from_mode(0o700));
+        let folder = tempfile::Builder::new().prefix(&prefix).permissions(ours_alone).tempdir();
+        folder.map(Self).map_err(host("cannot make a folder for temporary files"))
     }
 
     /// A file in it, which need not exist.
     pub(crate) fn file(&self, name: &str) -> PathBuf {
-        self.0.join(name)
+        self.0.path().join(name)
     }
 
     /// A file in it that does not exist.
@@ -49,17 +53,10 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        // What cannot be removed is left to whoever cleans up temporary files.
-        let _ = fs::remove_dir_all(&self.0);
-    }
-}
-
 fn remove_orphans() {
     for entry in fs::read_dir(std::env::temp_dir()).into_iter().flatten().flatten() {
         let name = entry.file_name().to_string_lossy().into_owned();
-        let maker = name.strip_prefix(PREFIX).and_then(|maker| maker.parse::<u32>().ok());
+        let maker = name.strip_prefix(PREFIX).and_then(|rest| rest.split('-').next()?.parse::<u32>().ok());
         if maker.is_some_and(|maker| !Path::new(&format!("/proc/{maker}")).exists()) {
             // Another user's stay.
             let _ = fs::remove_dir_all(entry.path());
@@ -70,6 +67,30 @@ fn remove_orphans() {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn folders_of_one_process_have_nothing_to_do_with_each_other() {
+        let (first, second) = (Scratch::new().unwrap(), Scratch::new().unwrap());
+        fs::write(first.file("a"), "first").unwrap();
+        assert!(!second.file("a").exists());
+        drop(second);
+        assert_eq!(fs::read_to_string(first.file("a")).unwrap(), "first");
+    }
+
+    #[test]
+    fn folders_of_processes_that_are_gone_are_removed_and_no_others() {
+        let mut gone = std::process::Command::new("true").spawn().unwrap();
+        gone.wait().unwrap();
+        let place = std::env::temp_dir();
+        let orphan = place.join(format!("{PREFIX}{}-a1b2", gone.id()));
+        let strange = place.join(format!("{PREFIX}of-{}", gone.id()));
+        for folder in [&orphan, &strange] {
+            fs::create_dir(folder).unwrap();
+        }
+        let mine = Scratch::new().unwrap();
+        assert!(!orphan.exists() && strange.exists() && mine.file("").exists());
+        fs::remove_dir(strange).unwrap();
+    }
 
     #[test]
     fn files_are_made_once_and_only_whole() {

@@ -67,7 +67,7 @@ impl Harness {
         };
         assert_eq!(left("/run/netns", &format!("pageferry-link-{id}-")), Vec::<String>::new());
         let temporary = std::env::temp_dir();
-        assert_eq!(left(&temporary.to_string_lossy(), &format!("pageferry-bench-{id}")), Vec::<String>::new());
+        assert_eq!(left(&temporary.to_string_lossy(), &format!("pageferry-bench-{id}-")), Vec::<String>::new());
         assert_eq!(children_of(id), Vec::<u32>::new());
         (status, output)
     }

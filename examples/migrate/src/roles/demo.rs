@@ -128,9 +128,10 @@ impl Route {
 impl Drop for Route {
     fn drop(&mut self) {
         self.destination = None;
-        if let Address::File(file) = &self.address {
-            // It was for this run only, and is not there if the guest was not saved.
-            let _ = std::fs::remove_file(file);
+        if let Address::File(path) | Address::Unix(path) = &self.address {
+            // It was for this run only. No file is there if the guest was not saved, and no socket if the destination had the
+            // time to remove it.
+            let _ = std::fs::remove_file(path);
         }
     }
 }

@@ -50,7 +50,14 @@ pub(crate) struct Running {
 impl Running {
     /// Starts `migrate` with `--json`; `arguments` are separated by spaces.
     pub(crate) fn start(arguments: &str) -> Self {
-        let mut child = program().args(arguments.split_whitespace()).arg("--json").spawn().unwrap();
+        let mut command = program();
+        command.args(arguments.split_whitespace());
+        Self::of(command)
+    }
+
+    /// Starts this command, with `--json`.
+    pub(crate) fn of(mut command: Command) -> Self {
+        let mut child = command.arg("--json").spawn().unwrap();
         let lines = json_lines(child.stdout.take().unwrap());
         Self { child, lines, heard: Vec::new() }
     }
