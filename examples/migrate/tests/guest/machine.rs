@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use kvm_bindings::{KVM_MAX_CPUID_ENTRIES, kvm_regs, kvm_segment, kvm_userspace_memory_region};
 use kvm_ioctls::{Kvm, VcpuExit, VcpuFd, VmFd};
@@ -105,9 +105,14 @@ impl Machine {
         self.ports.beats.load(Ordering::Relaxed)
     }
 
-    /// Makes the next beat take this long.
+    /// Makes the next beat take this long; returns when it has begun.
     pub(crate) fn hold_next_beat(&self, time: Duration) {
         self.ports.hold_ms.store(time.as_millis() as u64, Ordering::Relaxed);
+        let deadline = Instant::now() + PATIENCE;
+        while self.ports.hold_ms.load(Ordering::Relaxed) != 0 {
+            assert!(Instant::now() < deadline, "the guest does not beat");
+            std::thread::sleep(Duration::from_millis(1));
+        }
     }
 
     /// Reads a page.
