@@ -104,7 +104,13 @@ impl Host {
     }
 
     pub(crate) fn create_vm(&self) -> Result<VmFd, KvmError> {
-        self.kvm.create_vm().map_err(call("creating a virtual machine"))
+        loop {
+            match self.kvm.create_vm() {
+                // A signal that came meanwhile.
+                Err(error) if error.errno() == libc::EINTR => {}
+                made => return made.map_err(call("creating a virtual machine")),
+            }
+        }
     }
 }
 
@@ -148,5 +154,40 @@ mod tests {
         assert!(busy.to_string().contains("another hypervisor"), "{busy}");
         let other_device = Host::open_at("/dev/null").unwrap_err();
         assert!(matches!(other_device, KvmError::ApiVersion { .. }), "{other_device}");
+    }
+
+    extern "C" fn ignore(_signal: libc::c_int) {}
+
+    #[test]
+    #[allow(unsafe_code)]
+    fn signals_do_not_keep_a_machine_from_being_made() {
+        let host = match Host::open() {
+            Ok(host) => host,
+            Err(error) => {
+                drop(io::Write::write_fmt(&mut io::stderr(), format_args!("skipped: {error}\n")));
+                return;
+            }
+        };
+        // SAFETY: the action is zeroed but for its handler, which does nothing; no other test uses the signal.
+        let maker = unsafe {
+            let mut action: libc::sigaction = std::mem::zeroed();
+            action.sa_sigaction = ignore as extern "C" fn(libc::c_int) as libc::sighandler_t;
+            assert_eq!(libc::sigaction(libc::SIGUSR2, &raw const action, std::ptr::null_mut()), 0);
+            libc::pthread_self()
+        };
+        let done = std::sync::atomic::AtomicBool::new(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Pauses of many lengths, so that a slow machine gets on between two of them.
+                for pause in (0..64).cycle().take_while(|_| !done.load(std::sync::atomic::Ordering::Relaxed)) {
+                    // SAFETY: the thread that makes machines waits for this one.
+                    unsafe { libc::pthread_kill(maker, libc::SIGUSR2) };
+                    std::thread::sleep(std::time::Duration::from_micros(50 * pause));
+                }
+            });
+            let failed = (0..500).find_map(|_| host.create_vm().err());
+            done.store(true, std::sync::atomic::Ordering::Relaxed);
+            assert!(failed.is_none(), "{failed:?}");
+        });
     }
 }
