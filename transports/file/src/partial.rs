@@ -79,7 +79,10 @@ impl Target {
                 continue;
             }
             let identity = identity(&file.metadata().map_err(failed)?);
-            return Ok((Partial { target: self.clone(), path, identity, there: true }, file));
+            let partial = Partial { target: self.clone(), path, identity, there: true };
+            if partial.is_ours(&partial.path) {
+                return Ok((partial, file));
+            }
         }
     }
 
@@ -200,6 +203,8 @@ impl Drop for Partial {
 
 #[cfg(test)]
 mod tests {
+    use std::sync::atomic::{AtomicBool, Ordering};
+
     use super::*;
 
     /// A folder that goes with the test.
@@ -267,6 +272,23 @@ mod tests {
         let files = folder.files();
         assert!(!files.iter().any(|name| name == ".guest.0123456789abcdef.saving"), "{files:?}");
         assert_eq!(files.len(), 4, "{files:?}");
+    }
+
+    #[test]
+    fn a_file_that_was_just_made_is_not_taken_for_one_left_behind() {
+        let (folder, done) = (Folder::new("fresh"), AtomicBool::new(false));
+        let target = folder.target(false);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    target.remove_stale();
+                }
+            });
+            let lost =
+                (0..3000).filter(|_| !target.begin().is_ok_and(|(partial, _file)| partial.check().is_ok())).count();
+            done.store(true, Ordering::Relaxed);
+            assert_eq!(lost, 0);
+        });
     }
 
     #[test]
