@@ -44,8 +44,10 @@ make_kernel() {
     image=$(newest_kernel)
     KERNEL_VERSION=${image#/boot/vmlinuz-}
     mkdir -p "$WORK"
-    if [ ! "$WORK/vmlinux" -nt "$image" ]; then
+    # An image's date is that of its making, so that a newer kernel may be older than what was unpacked of another.
+    if [ ! "$WORK/vmlinux" -nt "$image" ] || [ "$(cat "$WORK/vmlinux.version" 2>/dev/null)" != "$KERNEL_VERSION" ]; then
         "$NESTED/vmlinux.sh" "$image" "$WORK/vmlinux"
+        echo "$KERNEL_VERSION" >"$WORK/vmlinux.version"
     fi
 }
 
