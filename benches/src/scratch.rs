@@ -81,15 +81,10 @@ mod tests {
     fn folders_of_processes_that_are_gone_are_removed_and_no_others() {
         let mut gone = std::process::Command::new("true").spawn().unwrap();
         gone.wait().unwrap();
-        let place = std::env::temp_dir();
-        let orphan = place.join(format!("{PREFIX}{}-a1b2", gone.id()));
-        let strange = place.join(format!("{PREFIX}of-{}", gone.id()));
-        for folder in [&orphan, &strange] {
-            fs::create_dir(folder).unwrap();
-        }
+        let orphan = tempfile::Builder::new().prefix(&format!("{PREFIX}{}-", gone.id())).tempdir().unwrap();
+        let strange = tempfile::Builder::new().prefix(&format!("{PREFIX}of-")).tempdir().unwrap();
         let mine = Scratch::new().unwrap();
-        assert!(!orphan.exists() && strange.exists() && mine.file("").exists());
-        fs::remove_dir(strange).unwrap();
+        assert!(!orphan.path().exists() && strange.path().exists() && mine.file("").exists());
     }
 
     #[test]

@@ -19,17 +19,20 @@ use pageferry::{
     Unsettled, Verify,
 };
 
+/// Longer than a busy machine stands still. Lanes that are cut say so at once.
+const PEER_TIMEOUT: Duration = Duration::from_secs(10);
+
 fn destination_config() -> DestinationConfig {
     let mut config = DestinationConfig::default();
     config.wait_for_source = Some(Duration::from_secs(20));
-    config.peer_timeout = Duration::from_secs(2);
+    config.peer_timeout = PEER_TIMEOUT;
     config.settle_window = Duration::from_secs(2);
     config
 }
 
 fn source_config() -> SourceConfig {
     let mut config = SourceConfig::default();
-    config.peer_timeout = Duration::from_secs(2);
+    config.peer_timeout = PEER_TIMEOUT;
     config.settle_window = Duration::from_secs(2);
     config
 }

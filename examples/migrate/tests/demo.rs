@@ -81,12 +81,15 @@ fn the_report_is_complete_and_its_numbers_agree() {
     assert_eq!(count(&report["pages_sent"]) + count(&report["pages_zero"]) + unchanged, total("pages"), "{report}");
     assert_eq!(count(&report["pages_zero"]), total("zero_pages"), "{report}");
     assert!(count(&report["wire_bytes"]) >= total("wire_bytes"), "{report}");
+    // Tracked by faults, as on kernels before Linux 6.7, a guest's memory is mapped twice at the source.
+    let by_faults = ended.lines.iter().any(|line| line["text"].as_str().is_some_and(|text| text.contains("by faults")));
     for side in ["source", "destination"] {
         assert!(number(&report["cpu_seconds"][side]) > 0.0, "{report}");
         assert!(number(&report["cpu_seconds_per_gib"][side]) > number(&report["cpu_seconds"][side]), "{report}");
         assert!(number(&report["peak_rss_bytes"][side]) > 1e6, "{report}");
         let guest = number(&report["peak_rss_bytes"][side]) - number(&report["overhead_rss_bytes"][side]);
-        assert!((1e6..=f64::from(64 << 20)).contains(&guest), "{report}");
+        let most = if by_faults && side == "source" { 128 << 20 } else { 64 << 20 };
+        assert!((1e6..=f64::from(most)).contains(&guest), "{report}");
     }
 }
 

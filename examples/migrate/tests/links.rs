@@ -53,23 +53,21 @@ fn a_demonstration_of_each_transport_ends_well() {
 
 #[test]
 fn a_demonstration_leaves_no_file_behind_however_it_ends() {
-    let folder = std::env::temp_dir().join(format!("migrate-links-left-{}", std::process::id()));
-    std::fs::create_dir(&folder).unwrap();
+    let folder = tempfile::TempDir::with_prefix("migrate-links-left-").unwrap();
     for (transport, dies) in [("unix", false), ("unix", true), ("memfd", false), ("file", false)] {
         let linger = if dies { "60s" } else { "20ms" };
         let arguments = format!("demo --transport {transport} --memory 16M --after 20ms --linger {linger}");
         let mut command = program();
-        command.args(arguments.split_whitespace()).env("TMPDIR", &folder);
+        command.args(arguments.split_whitespace()).env("TMPDIR", folder.path());
         let mut demo = Running::of(command);
         if dies {
             demo.wait_for("handed_over");
             demo.kill_children();
         }
         assert_eq!(demo.end().code, if dies { 6 } else { 0 }, "{transport}");
-        let left: Vec<_> = std::fs::read_dir(&folder).unwrap().map(|entry| entry.unwrap().file_name()).collect();
+        let left: Vec<_> = std::fs::read_dir(folder.path()).unwrap().map(|entry| entry.unwrap().file_name()).collect();
         assert!(left.is_empty(), "{transport}: {left:?}");
     }
-    std::fs::remove_dir(&folder).unwrap();
 }
 
 #[test]

@@ -71,7 +71,10 @@ fn names_are_resolved_and_their_addresses_tried_in_turn() {
 
 #[test]
 fn a_refused_connection_asks_for_the_receiver() {
-    let free = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    // Bound, so that nobody else takes the port, but not listening.
+    let bound = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
+    bound.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).unwrap();
+    let free = bound.local_addr().unwrap().as_socket().unwrap();
     let error = failure(&dialer(free), PATIENCE);
     assert!(error.contains(&free.to_string()) && error.contains("is the receiver running there"), "{error}");
 }

@@ -7,5 +7,5 @@ use libfuzzer_sys::fuzz_target;
 mod restore;
 
 fuzz_target!(|bytes: &[u8]| {
-    let _ = restore::saved(bytes);
+    let _ = restore::saved(bytes, restore::SHORT);
 });

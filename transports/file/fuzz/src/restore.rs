@@ -37,8 +37,12 @@ const MAX_PAGES: u64 = 4096;
 
 static NEXT: AtomicU32 = AtomicU32::new(0);
 
-/// Restores what the bytes say; whether a guest came out.
-pub(crate) fn saved(bytes: &[u8]) -> bool {
+/// How long to wait for anything at most, where a fuzzer wants to go on.
+pub(crate) const SHORT: Duration = Duration::from_millis(200);
+
+/// Restores what the bytes say, waiting so long for a guest to be offered, and five times as long for more of it; whether a guest
+/// came out.
+pub(crate) fn saved(bytes: &[u8], patience: Duration) -> bool {
     let Some((&first, rest)) = bytes.split_first() else { return false };
     let file = if first & WHOLE_FILE == 0 { file_of(u16::from(first % 4), rest) } else { rest.to_vec() };
     let name = format!("ferry-fuzz-{}-{}", std::process::id(), NEXT.fetch_add(1, Ordering::Relaxed));
@@ -51,8 +55,8 @@ pub(crate) fn saved(bytes: &[u8]) -> bool {
     std::fs::remove_file(&path).expect("it was written");
     let Ok(acceptor) = opened else { return false };
     let (mut room, mut config) = (Room::default(), DestinationConfig::default());
-    config.wait_for_source = Some(Duration::from_millis(200));
-    (config.peer_timeout, config.settle_window) = (Duration::from_secs(1), Duration::from_millis(50));
+    config.wait_for_source = Some(patience);
+    (config.peer_timeout, config.settle_window) = (5 * patience, Duration::from_millis(50));
     let restored = Destination::new(config).run(&mut room, Arc::new(acceptor), &Control::new());
     assert!(restored.is_err() || room.runs, "a guest that was handed over does not run");
     restored.is_ok()
