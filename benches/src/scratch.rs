@@ -17,7 +17,8 @@ const PREFIX: &str = "pageferry-bench-";
 pub(crate) struct Scratch(TempDir);
 
 impl Scratch {
-    /// A new one, where temporary files belong, for this user alone: certificates' keys may lie in it. Folders of processes that were killed are removed first.
+    /// A new one, where temporary files belong, for this user alone: certificates' keys may lie in it. Folders of processes that
+    /// were killed are removed first.
     pub(crate) fn new() -> Result<Self, BenchError> {
         remove_orphans();
         let (prefix, ours_alone) = (format!("{PREFIX}{}-", std::process::id()), fs::Permissions::from_mode(0o700));
